@@ -1,0 +1,97 @@
+"""What travels between a policy's transforms and a model backend: one prepared request, and a batch of equal shapes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from openpi_flash_models.config import ModelConfig
+
+
+class ShapeKey(NamedTuple):
+    """Requests with equal keys can share a model call."""
+
+    num_views: int
+    image_dtype: str
+    prompt_bucket: int
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """Model inputs of one request: valid cameras and valid tokens only.
+
+    Attributes:
+        images: (num_views, image_size, image_size, 3) uint8, or float32 in [-1, 1]; cameras in the model's order.
+        tokens: (num_tokens,) int32, at least one, no padding.
+        state: (action_dim,) float32, normalised and padded with zeros.
+        noise: (action_horizon, action_dim) float32, the starting point of the flow.
+        num_steps: flow steps.
+        shape_key: what must agree for two requests to share a model call.
+        deterministic: a seed or noise was given: run alone, since a batch of another size may round differently.
+    """
+
+    images: np.ndarray
+    tokens: np.ndarray
+    state: np.ndarray
+    noise: np.ndarray
+    num_steps: int
+    shape_key: ShapeKey
+    deterministic: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelBatch:
+    """Inputs of one model call, batch axis first.
+
+    Attributes:
+        images: (B, V, image_size, image_size, 3) uint8, or float32 in [-1, 1]; every view is valid. V may be 0.
+        tokens: (B, L) int32, padded on the right with 0; L is a prompt bucket.
+        token_mask: (B, L) bool, true for valid tokens.
+        state: (B, action_dim) float32.
+        noise: (B, action_horizon, action_dim) float32.
+        num_steps: flow steps.
+    """
+
+    images: np.ndarray
+    tokens: np.ndarray
+    token_mask: np.ndarray
+    state: np.ndarray
+    noise: np.ndarray
+    num_steps: int
+
+
+def assemble(requests: Sequence[PreparedRequest], *, batch_size: int | None = None) -> ModelBatch:
+    """Stacks requests of one shape key; repeats the last one until there are `batch_size` rows."""
+    rows = [*requests, *[requests[-1]] * ((batch_size or len(requests)) - len(requests))]
+    length = rows[0].shape_key.prompt_bucket
+    tokens = np.zeros((len(rows), length), np.int32)
+    token_mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = row.tokens
+        token_mask[i, : len(row.tokens)] = True
+    return ModelBatch(
+        images=np.stack([row.images for row in rows]),
+        tokens=tokens,
+        token_mask=token_mask,
+        state=np.stack([row.state for row in rows]),
+        noise=np.stack([row.noise for row in rows]),
+        num_steps=rows[0].num_steps,
+    )
+
+
+class Backend(Protocol):
+    """A loaded model on one device. Not thread-safe: call it from one thread."""
+
+    name: str
+    """`torch` or `jax`."""
+    config: ModelConfig
+
+    def sample_actions(self, batch: ModelBatch) -> np.ndarray:
+        """Runs the flow from noise to actions and waits for the device.
+
+        Returns:
+            (B, action_horizon, action_dim) float32: actions as the model sees them, normalised and padded.
+        """
+        ...
