@@ -1,0 +1,80 @@
+# One command for each thing that a person or a workflow does. Everything is installed below .venv and .cache.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.8
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .cache/uv/bin/uv)
+PY := .venv/bin/python
+SOURCES := $(shell git ls-files --cached --others --exclude-standard '*pyproject.toml' 'proto/*.proto' proto/hatch_build.py)
+
+.PHONY: help demo test lint format golden smoke-full-size bench-overhead proto-breaking stubs lock clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+.cache/uv/bin/uv:
+	python3 -m venv .cache/uv
+	.cache/uv/bin/pip install --quiet uv==$(UV_VERSION)
+
+# An environment is installed from a lock of exact versions and hashes; the workspace's own packages are editable.
+define install
+	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.14' .venv
+	$(UV) pip install --quiet --python .venv -r requirements/$(1).txt --build-constraints requirements/build.txt
+	@touch $@
+endef
+
+.venv/.demo: requirements/demo.txt requirements/build.txt $(SOURCES) | $(filter .cache/%,$(UV))
+	$(call install,demo)
+
+.venv/.dev: requirements/dev.txt requirements/build.txt $(SOURCES) | $(filter .cache/%,$(UV))
+	$(call install,dev)
+
+demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like pictures (no GPU, no PyTorch)
+	.venv/bin/openpi-flash demo
+
+test: .venv/.dev ## All tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+lint: .venv/.dev ## ruff, mypy, buf
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	@for package in models/openpi_flash_models services/*/openpi_flash_* clients/python/openpi_flash_client cli/openpi_flash_cli; do \
+		echo "mypy $$package"; .venv/bin/mypy --no-error-summary $$package; done
+	cd proto && ../.venv/bin/buf lint && ../.venv/bin/buf format --diff --exit-code
+	$(MAKE) --no-print-directory proto-breaking
+
+format: .venv/.dev ## Format everything
+	.venv/bin/ruff check --fix --exit-zero --quiet .
+	.venv/bin/ruff format .
+	cd proto && ../.venv/bin/buf format --write
+
+AGAINST ?= $(shell git rev-parse --quiet --verify origin/main~0 || git rev-parse --quiet --verify HEAD~1 || git rev-parse HEAD)
+proto-breaking: .venv/.dev ## Wire compatibility with AGAINST (default: origin/main)
+	.venv/bin/buf breaking proto --against '.git#ref=$(AGAINST),subdir=proto'
+
+DIR ?= tests/data/golden
+golden: .venv/.dev ## Compare both backends with openpi's own numbers in DIR
+	$(PY) -m openpi_flash_models.golden $(DIR)
+
+smoke-full-size: .venv/.dev ## Write, load and serve a full-size random pi0.5 on the CPU (27 GB of disk, minutes)
+	$(PY) benchmarks/smoke_full_size.py
+
+bench-overhead: .venv/.dev ## Time outside the model, beside openpi's own arrangement
+	$(PY) benchmarks/overhead.py
+
+OUT ?= build/stubs
+stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT
+	mkdir -p $(OUT)
+	$(UV) run --no-project --with grpcio-tools==1.74.0 python -m grpc_tools.protoc \
+		-Iproto --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) proto/openpi_flash/v1/*.proto
+
+lock: | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
+	$(UV) lock
+	(echo "# Versions of what builds the workspace's own packages: made by \`make lock\`."; \
+		printf 'hatchling==1.33.0\ngrpcio-tools==1.74.0\n' | $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -) > requirements/build.txt
+	$(UV) export --quiet --no-header --no-annotate --group dev -o requirements/dev.txt >/dev/null
+	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
+
+clean: ## Remove what the other targets made
+	rm -rf .venv .cache build dist target .mypy_cache .ruff_cache .pytest_cache proto/python
