@@ -1,0 +1,1 @@
+"""The `openpi-flash` command."""
