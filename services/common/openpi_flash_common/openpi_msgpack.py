@@ -1,4 +1,4 @@
-"""openpi's msgpack encoding of nested maps, numpy arrays and numpy scalars: byte for byte its format, read with suspicion.
+"""openpi's msgpack encoding of nested maps, numpy arrays and scalars: its format byte for byte, read with suspicion.
 
 An array is a map with the byte-string keys `__ndarray__` (true), `data` (C order), `dtype` (numpy's string, `<f4`) and
 `shape`; a numpy scalar is `__npgeneric__` (true), `data` (a native value) and `dtype`. All other keys are strings.
@@ -19,14 +19,14 @@ MAX_DEPTH = 16
 MAX_ENTRIES = 1 << 16
 """Most map entries and list elements of a message, all together; larger things are arrays."""
 
-# The unpacker reserves a list's declared length before reading it, up to 1024 lists deep: 32 MiB at worst with this cap.
+# The unpacker reserves a list's declared length before reading it, 1024 lists deep at most: with this cap 32 MiB.
 _MAX_LIST_LENGTH = 4096
 _MAX_MAP_LENGTH = 1024
 _MAX_RANK = 32
 _MAX_CODE_POINT = 0x10FFFF
 
 _DTYPE_STRING = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|[US][0-9]{1,6})", re.ASCII)
-_DTYPE_NAMES = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
+_DTYPE_NAME = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)", re.ASCII)
 _ARRAY_KEYS = {b"__ndarray__", b"data", b"dtype", b"shape"}
 _SCALAR_KEYS = {b"__npgeneric__", b"data", b"dtype"}
 _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
@@ -170,7 +170,7 @@ def _dtype(text: Any, path: tuple[str, ...]) -> np.dtype:
 
 @functools.lru_cache(maxsize=256)
 def _known_dtype(text: str) -> np.dtype | None:
-    return np.dtype(text) if _DTYPE_STRING.fullmatch(text) or text in _DTYPE_NAMES else None
+    return np.dtype(text) if _DTYPE_STRING.fullmatch(text) or _DTYPE_NAME.fullmatch(text) else None
 
 
 def _error(path: tuple[str, ...], problem: str) -> InvalidArgumentError:

@@ -1,7 +1,6 @@
 """openpi's msgpack: its own bytes in both directions, and what a hostile peer may send."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +134,15 @@ def test_bytes_that_are_not_one_message_are_refused(data, problem):
 
 
 def test_damaged_messages_never_raise_anything_else():
-    rng = random.Random(7)
+    rng = np.random.default_rng(7)
     original = bytes.fromhex(_SAMPLES["droid_obs"]["hex"])
     refused = 0
     for _ in range(5000):
         damaged = bytearray(original)
-        for _ in range(rng.randint(1, 4)):
-            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        for _ in range(rng.integers(1, 5)):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
         try:
-            openpi_msgpack.decode(bytes(damaged[: rng.randint(1, len(damaged))]))
+            openpi_msgpack.decode(bytes(damaged[: rng.integers(1, len(damaged) + 1)]))
         except InvalidArgumentError:
             refused += 1
     assert refused > 2500
