@@ -77,11 +77,18 @@ class ModelConfig:
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")
         differing = [name for name in shared if getattr(self.vlm, name) != getattr(self.expert, name)]
         if differing:
-            raise ValueError(f"the two experts must agree in {', '.join(shared)}; they differ in {', '.join(differing)}")
+            raise ValueError(
+                f"the two experts must agree in {', '.join(shared)}; they differ in {', '.join(differing)}"
+            )
 
     @property
     def is_pi05(self) -> bool:
         return self.model_type is ModelType.PI05
+
+    @property
+    def suffix_len(self) -> int:
+        """Tokens of the suffix: the actions, and in pi0 the state before them."""
+        return self.action_horizon if self.is_pi05 else self.action_horizon + 1
 
     @property
     def prompt_buckets(self) -> tuple[int, ...]:

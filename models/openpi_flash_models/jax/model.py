@@ -1,0 +1,348 @@
+"""pi0 and pi0.5 in JAX, inference only: everything from camera images to an action chunk, as functions of the weights.
+
+Reads from the top: `sample_actions` is the whole computation, and every function below it is one of its parts. The
+weights are nested dicts of arrays, layers stacked on axis 0 (weights.py lists them). The arithmetic follows SPEC §1.
+Shapes: B batch, V views, S prefix tokens, n suffix tokens, H action horizon, A action_dim, D VLM width, E expert width,
+N query heads, K key/value heads, h head_dim, L layers.
+
+Precision: matrices and activations of the vision tower and the two experts are in the compute dtype, that of the
+weights; the statistics of every norm, rotations, softmax, patch and position embedding and all that touches actions,
+state and time are in float32.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from openpi_flash_models import flow
+from openpi_flash_models.config import GemmaConfig, ModelConfig
+
+Weights = dict[str, Any]
+
+ROPE_BASE = 10_000.0
+NORM_EPSILON = 1e-6
+
+
+class Inputs(NamedTuple):
+    """One batch, as `request.ModelBatch` has it, on the device."""
+
+    images: Array
+    tokens: Array
+    token_mask: Array
+    state: Array
+    noise: Array
+
+
+class Schedule(NamedTuple):
+    """What a flow step needs and no request changes, one row per step. All float32.
+
+    Attributes:
+        modulation: (steps, L, 2, 3, E): for both norms of each expert layer, the factor on the normed vector, what is
+            added to it, and the gate on the output of the block behind it.
+        final_modulation: (steps, 2, E): factor and addition of the expert's final norm.
+        time_bias: (steps, E): the share of the time embedding in pi0's `action_time_mlp_in`; None in pi0.5.
+    """
+
+    modulation: Array
+    final_modulation: Array
+    time_bias: Array | None
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of all layers, each (L, B, T, K, h)."""
+
+    keys: Array
+    values: Array
+
+
+class Rope(NamedTuple):
+    """Rotation of tokens: cosine and sine, (B, T, 1, h/2) float32."""
+
+    cos: Array
+    sin: Array
+
+
+class Context(NamedTuple):
+    """What the suffix tokens of one batch meet in every flow step.
+
+    Attributes:
+        cache: of the prefix.
+        valid: (B, S) bool, the prefix tokens that may be attended to.
+        rope: rotation of the suffix tokens.
+        state_token: (B, 1, E) float32 in pi0; None in pi0.5.
+    """
+
+    cache: Cache
+    valid: Array
+    rope: Rope
+    state_token: Array | None
+
+
+def sample_actions(config: ModelConfig, weights: Weights, schedule: Schedule, inputs: Inputs) -> Array:
+    """Runs the flow from noise to actions, (B, H, A) float32. `config` is static under `jax.jit`."""
+    context = prepare(config, weights, inputs)
+    dt = flow.step_size(len(schedule.modulation))
+
+    def flow_step(x: Array, step: Schedule) -> tuple[Array, None]:
+        return x + dt * velocity(config, weights, x, step, context), None
+
+    return lax.scan(flow_step, inputs.noise, schedule)[0]
+
+
+def prepare(config: ModelConfig, weights: Weights, inputs: Inputs) -> Context:
+    """All of the work that is done once per batch, whatever the number of flow steps."""
+    prefix, valid = embed_prefix(config, weights, inputs)
+    cache, _ = prefix_forward(config, weights, prefix, valid)
+    rope = rope_table(valid.sum(1)[:, None] + jnp.arange(config.suffix_len), config.expert.head_dim)
+    return Context(cache, valid, rope, None if config.is_pi05 else linear(weights, "state_proj", inputs.state)[:, None])
+
+
+def embed_prefix(config: ModelConfig, weights: Weights, inputs: Inputs) -> tuple[Array, Array]:
+    """Prefix tokens (B, S, D) in the compute dtype, cameras then prompt, and which of them are valid (B, S)."""
+    prompt = embed_prompt(weights, inputs.tokens)
+    batch, num_views = inputs.images.shape[:2]
+    if num_views == 0:
+        return prompt, inputs.token_mask
+    views = embed_images(config, weights, inputs.images.reshape(batch * num_views, *inputs.images.shape[2:]))
+    views = views.reshape(batch, -1, prompt.shape[-1])
+    valid = jnp.concatenate([jnp.ones(views.shape[:2], bool), inputs.token_mask], 1)
+    return jnp.concatenate([views, prompt], 1), valid
+
+
+def embed_prompt(weights: Weights, tokens: Array) -> Array:
+    """(B, P) token ids to (B, P, D). Only text is scaled by sqrt(D)."""
+    table = weights["embedding"]
+    return (table[tokens].astype(jnp.float32) * math.sqrt(table.shape[1])).astype(table.dtype)
+
+
+def embed_images(config: ModelConfig, weights: Weights, images: Array) -> Array:
+    """The vision tower and the projection to the VLM's width: (views, size, size, 3) to (views, tokens, D)."""
+    vision = weights["vision"]
+    x = encode_patches(config, vision, embed_patches(config, vision, images))
+    return x @ vision["projector"] + vision["projector_bias"]
+
+
+def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
+    """Patches in row-major order, projected, plus positions: (views, tokens, width)."""
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255 * 2 - 1
+    size = config.vision.patch_size
+    views, height, width, _ = images.shape
+    patches = images.reshape(views, height // size, size, width // size, size, 3).swapaxes(2, 3)
+    patches = patches.reshape(views, -1, size * size * 3)
+    return (patches @ vision["patch"] + vision["patch_bias"] + vision["position"]).astype(vision["projector"].dtype)
+
+
+def encode_patches(config: ModelConfig, vision: Weights, x: Array) -> Array:
+    """The blocks of the vision tower and its final norm."""
+    x, _ = lax.scan(lambda x, block: (vision_block(config, block, x), None), x, vision["blocks"])
+    return layer_norm(x, vision["norm_scale"], vision["norm_bias"])
+
+
+def vision_block(config: ModelConfig, block: Weights, x: Array) -> Array:
+    normed = layer_norm(x, block["norm1_scale"], block["norm1_bias"])
+    qkv = (normed @ block["qkv"] + block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    x = x + attend(q, [(k, v, None)]) @ block["out"] + block["out_bias"]
+    normed = layer_norm(x, block["norm2_scale"], block["norm2_bias"])
+    return (
+        x + jax.nn.gelu(normed @ block["fc1"] + block["fc1_bias"], approximate=True) @ block["fc2"] + block["fc2_bias"]
+    )
+
+
+def prefix_forward(
+    config: ModelConfig, weights: Weights, x: Array, valid: Array, *, hidden: bool = False
+) -> tuple[Cache, Array | None]:
+    """Runs the VLM over the prefix.
+
+    Args:
+        config: sizes.
+        weights: of the whole model.
+        x: (B, S, D) prefix tokens. Padding is on the right, so that positions count up from 0.
+        valid: (B, S) bool.
+        hidden: also compute the final-normed output. The actions do not need it, nor most of the last layer.
+
+    Returns:
+        The cache of the S prefix tokens, and (B, S, D) or None.
+    """
+    gemma, layers = config.vlm, weights["vlm_layers"]
+    rope = rope_table(jnp.arange(x.shape[1])[None], gemma.head_dim)
+    mask = valid[:, None, None, None, :]
+
+    def whole_layer(x: Array, i: Array | int) -> tuple[Array, Cache]:
+        layer = layer_at(layers, i)
+        q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
+        x = x + attend(q, [(k, v, mask)]) @ layer["out"]
+        return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
+
+    # The layers are indexed, not scanned over, since a slice without the last one would be a copy of the weights.
+    last = gemma.depth - 1
+    x, cache = lax.scan(whole_layer, x, jnp.arange(last))
+    if hidden:
+        x, last_cache = whole_layer(x, last)
+    else:
+        layer = layer_at({name: layers[name] for name in ("norm1", "qkv")}, last)
+        last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
+    cache = jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache)
+    return cache, rms_norm(x, 1 + weights["vlm_norm"]) if hidden else None
+
+
+def velocity(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
+    """v(x, t) of one flow step, (B, H, A) float32. `step` is one row of a schedule."""
+    out = suffix_forward(config, weights, embed_suffix(weights, x, step, context), step, context)
+    return linear(weights, "action_out_proj", out[:, -x.shape[1] :].astype(jnp.float32))
+
+
+def embed_suffix(weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
+    """Suffix tokens (B, n, E) in the compute dtype."""
+    dtype = weights["expert_layers"]["qkv"].dtype
+    actions = linear(weights, "action_in_proj", x)
+    if context.state_token is None:
+        return actions.astype(dtype)
+    mixed = jax.nn.silu(actions @ weights["action_time_mlp_in"] + step.time_bias)
+    return jnp.concatenate([context.state_token, linear(weights, "action_time_mlp_out", mixed)], 1).astype(dtype)
+
+
+def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
+    """Runs the action expert over the suffix tokens; returns its final-normed output (B, n, E)."""
+    gemma = config.expert
+    prefix_mask = context.valid[:, None, None, None, :]
+    own_mask = suffix_mask(config)
+
+    def layer_step(x: Array, slices: tuple[Weights, Array, Cache]) -> tuple[Array, None]:
+        layer, modulation, prefix = slices
+        factor, shift, gate = modulation[0]
+        q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, factor, shift), context.rope)
+        attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)]) @ layer["out"]
+        x = (x + attended * gate).astype(x.dtype)
+        factor, shift, gate = modulation[1]
+        return (x + mlp(layer, rms_norm(x, factor, shift)) * gate).astype(x.dtype), None
+
+    x, _ = lax.scan(layer_step, x, (weights["expert_layers"], step.modulation, context.cache))
+    factor, shift = step.final_modulation
+    return rms_norm(x, factor, shift)
+
+
+def suffix_mask(config: ModelConfig) -> Array | None:
+    """What suffix tokens see of each other, (n, n): all, except that pi0's state token sees no action. None is all."""
+    if config.is_pi05:
+        return None
+    return jnp.ones((config.suffix_len, config.suffix_len), bool).at[0, 1:].set(False)
+
+
+def make_schedule(config: ModelConfig, time_weights: Weights, time_embeddings: Array) -> Schedule:
+    """Everything that depends only on the times of the steps.
+
+    Args:
+        config: sizes.
+        time_weights: the `time` part of the weights.
+        time_embeddings: (steps, E) float32.
+    """
+    steps, width = time_embeddings.shape
+    cond = condition(time_weights, time_embeddings) if config.is_pi05 else None
+
+    def modulation(norm: Weights) -> Array:
+        if cond is None:
+            scale = norm["scale"]
+            plain = jnp.stack([1 + scale, jnp.zeros_like(scale), jnp.ones_like(scale)])
+            return jnp.broadcast_to(plain, (steps, 3, width))
+        kernel, bias = norm["kernel"].astype(jnp.float32), norm["bias"].astype(jnp.float32)
+        return (cond @ kernel + bias).reshape(steps, 3, width).at[:, 0].add(1)
+
+    # One layer at a time: the adaptive norms together are a twentieth of the model, and are widened to float32.
+    layers = [lax.map(modulation, time_weights[name]) for name in ("norm1", "norm2")]
+    time_bias = None if config.is_pi05 else linear(time_weights, "action_time_mlp_in", time_embeddings)
+    final = modulation(time_weights["norm"])[:, :2]
+    return Schedule(jnp.stack(layers, 1).transpose(2, 0, 1, 3, 4), final, time_bias)
+
+
+def condition(time_weights: Weights, time_embeddings: Array) -> Array:
+    """pi0.5's condition of the adaptive norms, (steps, E) float32."""
+    inner = jax.nn.silu(linear(time_weights, "time_mlp_in", time_embeddings))
+    return jax.nn.silu(linear(time_weights, "time_mlp_out", inner))
+
+
+def project_qkv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
+    """(B, T, width) to queries (B, T, N, h), keys and values (B, T, K, h), the first two rotated."""
+    heads = (x @ qkv).reshape(*x.shape[:2], -1, gemma.head_dim)
+    rotated = rotate(heads[:, :, : -gemma.num_kv_heads], rope)
+    return rotated[:, :, : gemma.num_heads], rotated[:, :, gemma.num_heads :], heads[:, :, -gemma.num_kv_heads :]
+
+
+def project_kv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Array, Array]:
+    """What `project_qkv` does, without the queries."""
+    kv = (x @ qkv[:, gemma.num_heads * gemma.head_dim :]).reshape(*x.shape[:2], 2, gemma.num_kv_heads, gemma.head_dim)
+    return rotate(kv[:, :, 0], rope), kv[:, :, 1]
+
+
+def attend(q: Array, parts: list[tuple[Array, Array, Array | None]]) -> Array:
+    """Attention of queries (B, T, N, h) over keys that lie in several places, without bringing them together.
+
+    Args:
+        q: queries; head n reads key/value head n // (N/K).
+        parts: keys and values (B, S, K, h) and what may be attended to, broadcastable to (B, K, N/K, T, S), or None.
+            Every query must be allowed some key.
+
+    Returns:
+        (B, T, N·h) in the dtype of q.
+    """
+    batch, length, num_heads, head_dim = q.shape
+    q = q.reshape(batch, length, parts[0][0].shape[2], -1, head_dim)
+    logits = []
+    for keys, _, mask in parts:
+        part = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
+    # Softmax over all parts at once: they share the maximum and the sum.
+    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits])
+    weights = [jnp.exp(part - top) for part in logits]
+    total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
+    mixed = [
+        jnp.einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values, preferred_element_type=jnp.float32)
+        for part, (_, values, _) in zip(weights, parts, strict=True)
+    ]
+    return functools.reduce(jnp.add, mixed).astype(q.dtype).reshape(batch, length, num_heads * head_dim)
+
+
+def mlp(layer: Weights, x: Array) -> Array:
+    gate, up = jnp.split(x @ layer["gate_up"], 2, -1)
+    return (jax.nn.gelu(gate, approximate=True) * up) @ layer["down"]
+
+
+def linear(weights: Weights, name: str, x: Array) -> Array:
+    return x @ weights[name] + weights[f"{name}_bias"]
+
+
+def rms_norm(x: Array, factor: Array, shift: Array | None = None) -> Array:
+    """x over its root mean square, times `factor`, plus `shift`; in float32, returned in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + NORM_EPSILON) * factor
+    return (normed if shift is None else normed + shift).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPSILON)
+    return (normed * scale + bias).astype(x.dtype)
+
+
+def rope_table(positions: Array, head_dim: int) -> Rope:
+    """Rotation of tokens at `positions` (B, T)."""
+    exponents = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2 / head_dim)
+    angles = positions[..., None, None] / ROPE_BASE**exponents
+    return Rope(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Array, rope: Rope) -> Array:
+    """Rotary position embedding of (B, T, heads, h): element i turns with element i + h/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    turned = [first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin]
+    return jnp.concatenate(turned, -1).astype(x.dtype)
+
+
+def layer_at(layers: Weights, i: Array | int) -> Weights:
+    return jax.tree.map(lambda stacked: lax.dynamic_index_in_dim(stacked, i, keepdims=False), layers)
