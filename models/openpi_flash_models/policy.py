@@ -1,0 +1,401 @@
+"""A policy: observations of one kind of robot in, action chunks in its units out, one model between."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from openpi_flash_models import flow
+from openpi_flash_models.actions import make_mask, to_absolute
+from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError
+from openpi_flash_models.images import ImageLayout, resize_into
+from openpi_flash_models.normalize import Normalization, Normalizer, NormStats
+from openpi_flash_models.policy_configs import PolicyConfig
+from openpi_flash_models.request import Backend, PreparedRequest, ShapeKey, assemble
+from openpi_flash_models.robots.base import RobotInputs
+from openpi_flash_models.tokenizer import PromptTokenizer
+
+MAX_NUM_STEPS = 100
+"""Most flow steps that a request may ask for."""
+
+MAX_PROMPT_CHARS = 10_000
+"""Longest prompt, far above what the model reads: tokenizing is the one step whose cost the sender would set."""
+
+
+class ImageSpec(NamedTuple):
+    """What the policy wants of one camera. `layout` is the documented axis order; `height` and `width` are the model's,
+    and other sizes are resized."""
+
+    path: str
+    height: int
+    width: int
+    layout: ImageLayout
+    required: bool
+
+
+class TensorSpec(NamedTuple):
+    """What the policy wants of one numeric entry. `dtype` is what it computes with; other numbers are converted."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    required: bool
+
+
+class WarmUpShape(NamedTuple):
+    """Shape of one model call."""
+
+    batch_size: int
+    num_views: int
+    prompt_bucket: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedPolicyRequest:
+    """One observation on its way through the model.
+
+    Attributes:
+        request: the model's inputs.
+        state: (state_dim,) float64, not normalised: what relative actions are relative to.
+    """
+
+    request: PreparedRequest
+    state: np.ndarray
+
+
+class Policy:
+    """The pipeline around a loaded model. `prepare` and `finish` may run in any thread, `run` and `warm_up` in one.
+
+    Attributes:
+        config: the configuration, as it was given.
+        backend: the loaded model.
+        default_prompt: used when an observation has none; None: the prompt is required.
+        default_num_steps: flow steps of a request that names none.
+        batch_sizes: numbers of rows of a model call, ascending; smaller batches are padded to the next.
+        prompt_buckets: padded prompt lengths that can occur, ascending.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        backend: Backend,
+        tokenizer: PromptTokenizer,
+        stats: Mapping[str, NormStats] | None,
+        *,
+        default_prompt: str | None = None,
+        num_steps: int = flow.DEFAULT_NUM_STEPS,
+        max_batch_size: int = 1,
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            config: what the policy is.
+            backend: its model.
+            tokenizer: its vocabulary.
+            stats: statistics of `state` and `actions`; None where the configuration does not normalise.
+            default_prompt: goes before the configuration's.
+            num_steps: flow steps of a request that names none.
+            max_batch_size: most requests in a model call.
+
+        Raises:
+            CheckpointError: statistics or vocabulary do not fit.
+            ValueError: num_steps or max_batch_size out of range.
+        """
+        if not 1 <= num_steps <= MAX_NUM_STEPS or max_batch_size < 1:
+            raise ValueError(f"num_steps {num_steps} or max_batch_size {max_batch_size} is out of range")
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary {config.model.vocab_size}"
+            )
+        self.config = config
+        self.backend = backend
+        self.default_prompt = config.default_prompt if default_prompt is None else default_prompt
+        self.default_num_steps = num_steps
+        self.batch_sizes = (*_powers_of_two_below(max_batch_size), max_batch_size)
+        self._tokenizer = tokenizer
+        self._state_normalizer, self._action_normalizer = _normalizers(config, stats)
+        self._delta_mask = make_mask(config.delta_action_mask) if config.delta_action_mask else None
+        self._fresh = np.random.default_rng()
+        # The shortest prompt is an empty one, with a single digit for each number of the state.
+        shortest = self._tokens("", np.full(config.robot.state_dim, -0.99))
+        self.prompt_buckets = tuple(n for n in config.model.prompt_buckets if n >= len(shortest))
+
+    @property
+    def name(self) -> str:
+        """Name of the configuration, e.g. `pi05_droid`."""
+        return self.config.name
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """openpi's metadata of the configuration, as its server sends it."""
+        return self.config.metadata
+
+    @property
+    def robot_action_dim(self) -> int:
+        """Width of one action in the answer."""
+        return self.config.robot.action_dim
+
+    @property
+    def view_counts(self) -> range:
+        """Numbers of cameras that a valid observation can have."""
+        return self.config.robot.view_counts
+
+    @property
+    def image_specs(self) -> tuple[ImageSpec, ...]:
+        """The cameras that are used, in the model's order."""
+        size = self.config.model.vision.image_size
+        return tuple(
+            ImageSpec(
+                entry.path,
+                size,
+                size,
+                ImageLayout.CHW if entry.layout is ImageLayout.CHW else ImageLayout.HWC,
+                entry.required,
+            )
+            for entry in self.config.robot.used_cameras
+        )
+
+    @property
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """The numeric entries; together, in this order, they are the state."""
+        return tuple(TensorSpec(entry.path, (entry.dim,), "float64", True) for entry in self.config.robot.state)
+
+    def infer(self, observation: Mapping[str, Any], **options: Any) -> dict[str, np.ndarray]:
+        """One observation to one action chunk.
+
+        Args:
+            observation: as `prepare` takes it, or nested as openpi's, with the prompt inside under `prompt`.
+            options: as those of `prepare`.
+
+        Returns:
+            `actions`: (action_horizon, robot_action_dim) float64, in the robot's units.
+        """
+        entries = flatten(observation)
+        prompt = entries.pop("prompt", None)
+        prepared = self.prepare(entries, **{"prompt": prompt, **options})
+        return self.finish(prepared, self.run([prepared])[0])
+
+    def prepare(
+        self,
+        observation: Mapping[str, np.ndarray],
+        *,
+        prompt: str | None = None,
+        seed: int | None = None,
+        noise: np.ndarray | None = None,
+        num_steps: int | None = None,
+    ) -> PreparedPolicyRequest:
+        """Checks an observation and makes the model's inputs of it.
+
+        Args:
+            observation: entries by path, e.g. `images/cam_high`, `state`; see `image_specs` and `tensor_specs`.
+            prompt: the task in words (also UTF-8 bytes or a string array of one element); None: the default prompt.
+            seed: 0 to 2**64 - 1, for repeatable noise.
+            noise: (action_horizon, action_dim), in place of a seed.
+            num_steps: flow steps, 1 to 100; None: the policy's default.
+
+        Raises:
+            InvalidObservationError: something is missing, unknown, malformed or out of range; names the entry.
+        """
+        robot_inputs = self.config.robot.parse(observation)
+        state = self._state_normalizer.normalize(robot_inputs.state)
+        padded = np.zeros(self.config.model.action_dim, np.float32)
+        with np.errstate(over="ignore"):
+            padded[: len(state)] = state
+        if not np.isfinite(padded).all():
+            entry = self.config.robot.state[0].path
+            raise InvalidObservationError(entry, "the state is too large: it is infinite once normalised")
+        tokens = self._tokens(self._parse_prompt(prompt), state)
+        images = self._images(robot_inputs)
+        steps = self.default_num_steps if num_steps is None else _parse_num_steps(num_steps)
+        request = PreparedRequest(
+            images=images,
+            tokens=tokens,
+            state=padded,
+            noise=self._noise(seed, noise),
+            num_steps=steps,
+            shape_key=ShapeKey(len(images), images.dtype.name, self.config.model.prompt_bucket(len(tokens)), steps),
+            deterministic=seed is not None or noise is not None,
+        )
+        return PreparedPolicyRequest(request, robot_inputs.state)
+
+    def run(self, prepared: Sequence[PreparedPolicyRequest]) -> list[np.ndarray]:
+        """Runs the model once for all of these.
+
+        Args:
+            prepared: at most `batch_sizes[-1]`, of one shape key; a deterministic one comes alone.
+
+        Returns:
+            For each, (action_horizon, action_dim) float32 for `finish`.
+        """
+        requests = [item.request for item in prepared]
+        if len({request.shape_key for request in requests}) != 1:
+            raise ValueError("a batch needs requests of one shape key")
+        if len(requests) > 1 and any(request.deterministic for request in requests):
+            raise ValueError("a deterministic request runs alone")
+        if len(requests) > self.batch_sizes[-1]:
+            raise ValueError(f"{len(requests)} requests in a batch of at most {self.batch_sizes[-1]}")
+        rows = next(n for n in self.batch_sizes if n >= len(requests))
+        actions = self.backend.sample_actions(assemble(requests, batch_size=rows))
+        return list(actions[: len(requests)])
+
+    def finish(self, prepared: PreparedPolicyRequest, model_actions: np.ndarray) -> dict[str, np.ndarray]:
+        """Turns the model's actions into the robot's.
+
+        Returns:
+            `actions`: (action_horizon, robot_action_dim) float64.
+
+        Raises:
+            ModelsError: the model gave NaN or infinity, which no robot should be sent.
+        """
+        actions = self._action_normalizer.unnormalize(model_actions)
+        if self._delta_mask is not None:
+            actions = to_absolute(actions, prepared.state, self._delta_mask)
+        actions = self.config.robot.decode(actions)
+        if not np.isfinite(actions).all():
+            raise ModelsError("the model's actions are not finite; its weights or its precision are at fault")
+        return {"actions": actions}
+
+    def warm_up_shapes(self) -> list[WarmUpShape]:
+        """Every shape that a request without its own number of steps can lead to."""
+        return [
+            WarmUpShape(batch_size, num_views, bucket)
+            for batch_size in self.batch_sizes
+            for num_views in reversed(self.view_counts)
+            for bucket in self.prompt_buckets
+        ]
+
+    def warm_up(self, progress: Callable[[int, int, WarmUpShape], None] | None = None) -> None:
+        """Calls the model once for each of `warm_up_shapes`, so that no request waits for a compiler.
+
+        Args:
+            progress: told before each call how many are done, how many there are, and the shape that is next.
+        """
+        shapes = self.warm_up_shapes()
+        model = self.config.model
+        size = model.vision.image_size
+        for done, shape in enumerate(shapes):
+            if progress:
+                progress(done, len(shapes), shape)
+            request = PreparedRequest(
+                images=np.zeros((shape.num_views, size, size, 3), np.uint8),
+                tokens=np.ones(shape.prompt_bucket, np.int32),
+                state=np.zeros(model.action_dim, np.float32),
+                noise=np.zeros((model.action_horizon, model.action_dim), np.float32),
+                num_steps=self.default_num_steps,
+                shape_key=ShapeKey(shape.num_views, "uint8", shape.prompt_bucket, self.default_num_steps),
+                deterministic=False,
+            )
+            self.backend.sample_actions(assemble([request], batch_size=shape.batch_size))
+
+    def _tokens(self, prompt: str, state: np.ndarray) -> np.ndarray:
+        model = self.config.model
+        try:
+            return self._tokenizer.prompt_tokens(
+                prompt, state if model.discrete_state_input else None, model.max_token_len
+            )
+        except UnicodeEncodeError as error:
+            raise InvalidObservationError("prompt", f"expected text that can be encoded as UTF-8 ({error})") from error
+
+    def _images(self, inputs: RobotInputs) -> np.ndarray:
+        size = self.config.model.vision.image_size
+        images = np.empty((len(inputs.images), size, size, 3), np.uint8)
+        for (path, image), slot in zip(inputs.images, images, strict=True):
+            try:
+                resize_into(image, slot)
+            except ValueError as error:
+                raise InvalidObservationError(path, str(error)) from error
+        return images
+
+    def _parse_prompt(self, prompt: object) -> str:
+        if prompt is None:
+            if self.default_prompt is None:
+                raise InvalidObservationError("prompt", "required prompt is missing, and the policy has no default")
+            return self.default_prompt
+        if isinstance(prompt, np.ndarray) and prompt.size == 1 and prompt.dtype.kind in "US":
+            prompt = prompt.item()
+        if isinstance(prompt, bytes):
+            try:
+                prompt = prompt.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InvalidObservationError("prompt", f"expected UTF-8 ({error})") from error
+        if not isinstance(prompt, str):
+            kind = f"array of {prompt.dtype}" if isinstance(prompt, np.ndarray) else type(prompt).__name__
+            raise InvalidObservationError("prompt", f"expected a string, got {kind}")
+        if len(prompt) > MAX_PROMPT_CHARS:
+            message = f"expected at most {MAX_PROMPT_CHARS} characters, got {len(prompt)}"
+            raise InvalidObservationError("prompt", message)
+        return prompt
+
+    def _noise(self, seed: object, noise: np.ndarray | None) -> np.ndarray:
+        shape = (self.config.model.action_horizon, self.config.model.action_dim)
+        if noise is None:
+            generator = self._fresh if seed is None else np.random.default_rng(_parse_seed(seed))
+            return generator.standard_normal(shape, np.float32)
+        if seed is not None:
+            raise InvalidObservationError("noise", "seed and noise exclude each other; give one")
+        noise = np.asarray(noise)
+        if noise.shape != shape:
+            raise InvalidObservationError("noise", f"expected shape {shape}, got {noise.shape}")
+        if noise.dtype.kind != "f" or not np.isfinite(noise).all():
+            raise InvalidObservationError("noise", f"expected finite floats, got {noise.dtype}")
+        return noise.astype(np.float32, copy=False)
+
+
+def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """openpi's nested observation to entries by path: `{"images": {"cam_high": x}}` to `{"images/cam_high": x}`."""
+    return dict(_leaves(observation, prefix))
+
+
+def _leaves(observation: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in observation.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _powers_of_two_below(limit: int) -> list[int]:
+    return [1 << i for i in range((limit - 1).bit_length())]
+
+
+def _parse_num_steps(value: object) -> int:
+    steps = _as_int(value)
+    if steps is None or not 1 <= steps <= MAX_NUM_STEPS:
+        raise InvalidObservationError("num_steps", f"expected an integer from 1 to {MAX_NUM_STEPS}, got {value!r}")
+    return steps
+
+
+def _parse_seed(value: object) -> int:
+    seed = _as_int(value)
+    if seed is None or not 0 <= seed < 2**64:
+        raise InvalidObservationError("seed", f"expected an integer from 0 to 2**64 - 1, got {value!r}")
+    return seed
+
+
+def _as_int(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _normalizers(config: PolicyConfig, stats: Mapping[str, NormStats] | None) -> tuple[Normalizer, Normalizer]:
+    if config.normalization is Normalization.NONE:
+        return Normalizer.identity(), Normalizer.identity()
+    robot, width = config.robot, config.model.action_dim
+    normalizers = []
+    for name, dim in (("state", robot.state_dim), ("actions", robot.action_dim)):
+        if stats is None or name not in stats:
+            raise CheckpointError(f"normalisation statistics of `{name}` are missing")
+        length = len(stats[name].mean)
+        if not dim <= length <= width:
+            raise CheckpointError(
+                f"normalisation statistics of `{name}` have {length} numbers; {config.name} needs {dim} to {width}"
+            )
+        try:
+            normalizers.append(Normalizer.from_stats(stats[name], config.normalization))
+        except ValueError as error:
+            raise CheckpointError(f"normalisation statistics of `{name}`: {error}") from error
+    return normalizers[0], normalizers[1]

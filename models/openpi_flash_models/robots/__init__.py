@@ -1,0 +1,1 @@
+"""Robots: which observation entries they send, and what their actions look like."""
