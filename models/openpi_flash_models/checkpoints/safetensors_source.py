@@ -31,7 +31,7 @@ SAFETENSORS_DTYPES = {
 """Element types by their name in the file's header. Weights are floats; the others may occur in tensors not needed."""
 
 _MAX_HEADER_BYTES = 64 << 20
-_TIED_EMBEDDING = TORCH_VLM + "embed_tokens.weight"
+TIED_EMBEDDING = TORCH_VLM + "embed_tokens.weight"
 _JUNK_HEAD = TORCH_ROOT + "gemma_expert.lm_head.weight"
 _PLAIN_EXPERT_NORM = re.compile(
     re.escape(TORCH_EXPERT) + r"(layers\.\d+\.(input|post_attention)_layernorm|norm)\.weight"
@@ -185,7 +185,7 @@ def _entry(path: Path, name: str, info: Any, mapped: mmap.mmap, data_start: int)
 
 def _canonical(entries: dict[str, _Entry]) -> dict[str, _Entry]:
     entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
-    embedding = entries.pop(_TIED_EMBEDDING, None)
+    embedding = entries.pop(TIED_EMBEDDING, None)
     if embedding is not None:
         entries.setdefault(TORCH_EMBEDDING, embedding)
     entries.pop(_JUNK_HEAD, None)
