@@ -39,7 +39,7 @@ _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def encode(value: Any) -> bytes:
+def packb(value: Any) -> bytes:
     """Packs nested maps, lists, native values, numpy arrays and scalars as openpi does.
 
     Raises:
@@ -49,7 +49,7 @@ def encode(value: Any) -> bytes:
     return msgpack.packb(value, default=_pack_numpy)
 
 
-def decode(data: bytes) -> Any:
+def unpackb(data: bytes) -> Any:
     """Unpacks one message from an untrusted peer. Arrays are read-only views of the unpacked bytes.
 
     Raises:

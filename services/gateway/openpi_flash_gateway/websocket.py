@@ -149,7 +149,7 @@ class WebSocketServer:
         trace = TraceContext.from_metadata((name.lower(), value) for name, value in request.headers.raw_items())
         self._waiting.add(connection)
         await self._policy.wait_ready()
-        await _send(connection, openpi_msgpack.encode(_policy_metadata(self._policy.metadata())))
+        await _send(connection, openpi_msgpack.packb(_policy_metadata(self._policy.metadata())))
         last_total_ms: float | None = None
         while not self._draining:
             self._waiting.add(connection)
@@ -175,14 +175,14 @@ class WebSocketServer:
         metrics.received_bytes.labels(METHOD).inc(len(message))
         if isinstance(message, str):
             raise InvalidArgumentError("a text frame; an observation is a binary frame of msgpack")
-        request = request_from_dict(openpi_msgpack.decode(message))
+        request = request_from_dict(openpi_msgpack.unpackb(message))
         start = time.perf_counter()
         answer = await self._policy.infer([request.SerializeToString()], trace=trace)
         result = dict_from_response(inference_pb2.InferResponse.FromString(bytes(answer)))
         result["server_timing"] = {"infer_ms": (time.perf_counter() - start) * 1e3}
         if last_total_ms is not None:
             result["server_timing"]["prev_total_ms"] = last_total_ms
-        reply = openpi_msgpack.encode(result)
+        reply = openpi_msgpack.packb(result)
         metrics.sent_bytes.labels(METHOD).inc(len(reply))
         return reply
 

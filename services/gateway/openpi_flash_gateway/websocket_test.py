@@ -34,9 +34,9 @@ def dial(gateway: Gateway) -> Callable[..., Any]:
 
 
 async def ask(connection: ClientConnection, **observation: Any) -> Any:
-    await connection.send(openpi_msgpack.encode({"state": np.zeros(3), **observation}))
+    await connection.send(openpi_msgpack.packb({"state": np.zeros(3), **observation}))
     answer = await asyncio.wait_for(connection.recv(), 10)
-    return answer if isinstance(answer, str) else openpi_msgpack.decode(answer)
+    return answer if isinstance(answer, str) else openpi_msgpack.unpackb(answer)
 
 
 async def test_openpis_transcript(dial, action_service):
@@ -97,12 +97,12 @@ async def test_trace_context_comes_from_the_handshake(dial, action_service):
 @pytest.mark.parametrize(
     ("frame", "problem"),
     [
-        (openpi_msgpack.encode({"prompt": "refuse"}), "INVALID_ARGUMENT: state: not a number"),
-        (openpi_msgpack.encode({"mode": "subtask_only"}), "FAILED_PRECONDITION: mode: subtask_only needs a planner"),
-        (openpi_msgpack.encode({"mode": "x"}), "INVALID_ARGUMENT: mode: 'x' is not one of"),
-        (openpi_msgpack.encode({"mode": "x" * 100_000}), "INVALID_ARGUMENT: mode: 'x"),
-        (openpi_msgpack.encode({"a": {"b": None}}), "INVALID_ARGUMENT: a/b: null"),
-        (openpi_msgpack.encode({"state": np.zeros(3)})[:-4], "INVALID_ARGUMENT: msgpack: .*incomplete"),
+        (openpi_msgpack.packb({"prompt": "refuse"}), "INVALID_ARGUMENT: state: not a number"),
+        (openpi_msgpack.packb({"mode": "subtask_only"}), "FAILED_PRECONDITION: mode: subtask_only needs a planner"),
+        (openpi_msgpack.packb({"mode": "x"}), "INVALID_ARGUMENT: mode: 'x' is not one of"),
+        (openpi_msgpack.packb({"mode": "x" * 100_000}), "INVALID_ARGUMENT: mode: 'x"),
+        (openpi_msgpack.packb({"a": {"b": None}}), "INVALID_ARGUMENT: a/b: null"),
+        (openpi_msgpack.packb({"state": np.zeros(3)})[:-4], "INVALID_ARGUMENT: msgpack: .*incomplete"),
         (b"\xc1", "INVALID_ARGUMENT: msgpack: "),
         (b"", "INVALID_ARGUMENT: msgpack: "),
         ("text", "INVALID_ARGUMENT: a text frame"),
@@ -143,7 +143,7 @@ async def test_after_a_fault_that_passes_the_connection_stays(dial, action_servi
 async def test_a_client_that_leaves_takes_its_request_along(gateway, dial, action_service):
     connection = await dial()
     await connection.recv()
-    await connection.send(openpi_msgpack.encode({"prompt": "slow"}))
+    await connection.send(openpi_msgpack.packb({"prompt": "slow"}))
     await action_service.wait_received(1)
     connection.transport.abort()
     await asyncio.wait_for(action_service.cancelled.wait(), 10)
@@ -155,7 +155,7 @@ async def test_a_client_that_leaves_takes_its_request_along(gateway, dial, actio
 async def test_a_client_that_reads_nothing_is_cut_off_and_delays_nobody(gateway, dial, monkeypatch):
     monkeypatch.setattr(websocket, "_SEND_TIMEOUT_S", 0.5)
     deaf = await asyncio.to_thread(_handshake, gateway.websocket_port)
-    frame = _frame(openpi_msgpack.encode({"prompt": "big"}))
+    frame = _frame(openpi_msgpack.packb({"prompt": "big"}))
 
     async def flood() -> None:
         loop = asyncio.get_running_loop()
