@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +118,7 @@ class Policy:
         self._tokenizer = tokenizer
         self._state_normalizer, self._action_normalizer = _normalizers(config, stats)
         self._delta_mask = make_mask(config.delta_action_mask) if config.delta_action_mask else None
+        self._resizers = ThreadPoolExecutor(len(config.robot.used_cameras), thread_name_prefix="resize")
         self._fresh = np.random.default_rng()
         # The shortest prompt is an empty one, with a single digit for each number of the state.
         shortest = self._tokens("", np.full(config.robot.state_dim, -0.99))
@@ -181,7 +183,7 @@ class Policy:
         self,
         observation: Mapping[str, np.ndarray],
         *,
-        prompt: str | None = None,
+        prompt: str | bytes | np.ndarray | None = None,
         seed: int | None = None,
         noise: np.ndarray | None = None,
         num_steps: int | None = None,
@@ -190,7 +192,7 @@ class Policy:
 
         Args:
             observation: entries by path, e.g. `images/cam_high`, `state`; see `image_specs` and `tensor_specs`.
-            prompt: the task in words (also UTF-8 bytes or a string array of one element); None: the default prompt.
+            prompt: the task in words, also as UTF-8 bytes or a string array of one element; None: the default prompt.
             seed: 0 to 2**64 - 1, for repeatable noise.
             noise: (action_horizon, action_dim), in place of a seed.
             num_steps: flow steps, 1 to 100; None: the policy's default.
@@ -291,21 +293,25 @@ class Policy:
 
     def _tokens(self, prompt: str, state: np.ndarray) -> np.ndarray:
         model = self.config.model
-        try:
-            return self._tokenizer.prompt_tokens(
-                prompt, state if model.discrete_state_input else None, model.max_token_len
-            )
-        except UnicodeEncodeError as error:
-            raise InvalidObservationError("prompt", f"expected text that can be encoded as UTF-8 ({error})") from error
+        return self._tokenizer.prompt_tokens(prompt, state if model.discrete_state_input else None, model.max_token_len)
 
     def _images(self, inputs: RobotInputs) -> np.ndarray:
         size = self.config.model.vision.image_size
         images = np.empty((len(inputs.images), size, size, 3), np.uint8)
-        for (path, image), slot in zip(inputs.images, images, strict=True):
+
+        def resize(view: int) -> None:
+            path, image = inputs.images[view]
             try:
-                resize_into(image, slot)
+                resize_into(image, images[view])
             except ValueError as error:
                 raise InvalidObservationError(path, str(error)) from error
+
+        if all(image.shape[:2] == (size, size) for _, image in inputs.images):
+            for view in range(len(images)):
+                resize(view)
+        else:
+            # PIL works outside the interpreter's lock, some 2 ms for a camera of 640x480.
+            list(self._resizers.map(resize, range(len(images))))
         return images
 
     def _parse_prompt(self, prompt: object) -> str:
@@ -315,11 +321,13 @@ class Policy:
             return self.default_prompt
         if isinstance(prompt, np.ndarray) and prompt.size == 1 and prompt.dtype.kind in "US":
             prompt = prompt.item()
-        if isinstance(prompt, bytes):
-            try:
+        try:
+            if isinstance(prompt, bytes):
                 prompt = prompt.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InvalidObservationError("prompt", f"expected UTF-8 ({error})") from error
+            elif isinstance(prompt, str):
+                prompt.encode("utf-8")
+        except UnicodeError as error:
+            raise InvalidObservationError("prompt", f"expected text in UTF-8 ({error})") from error
         if not isinstance(prompt, str):
             kind = f"array of {prompt.dtype}" if isinstance(prompt, np.ndarray) else type(prompt).__name__
             raise InvalidObservationError("prompt", f"expected a string, got {kind}")

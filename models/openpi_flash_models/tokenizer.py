@@ -55,9 +55,6 @@ class PromptTokenizer:
 
         Returns:
             (n,) int32, n ≤ max_len, no padding. Read-only.
-
-        Raises:
-            UnicodeEncodeError: the prompt holds lone surrogates.
         """
         if state is None:
             tokens = self._text_tokens(prompt)
