@@ -1,4 +1,4 @@
-"""Pictures: what is accepted, and resizing without surprises. Equality with PIL's own numbers: golden/transforms_test.py."""
+"""Pictures: what is accepted, and resizing without surprises. Equality with openpi: golden/transforms_test.py."""
 
 import numpy as np
 import pytest

@@ -10,7 +10,7 @@ import numpy as np
 
 from openpi_flash_models import flow
 from openpi_flash_models.actions import make_mask, to_absolute
-from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError
+from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.images import ImageLayout, resize_into
 from openpi_flash_models.normalize import Normalization, Normalizer, NormStats
 from openpi_flash_models.policy_configs import PolicyConfig
@@ -102,10 +102,12 @@ class Policy:
 
         Raises:
             CheckpointError: statistics or vocabulary do not fit.
-            ValueError: num_steps or max_batch_size out of range.
+            PolicyConfigError: num_steps or max_batch_size out of range.
         """
-        if not 1 <= num_steps <= MAX_NUM_STEPS or max_batch_size < 1:
-            raise ValueError(f"num_steps {num_steps} or max_batch_size {max_batch_size} is out of range")
+        if not 1 <= num_steps <= MAX_NUM_STEPS:
+            raise PolicyConfigError(f"num_steps: expected 1 to {MAX_NUM_STEPS}, got {num_steps}")
+        if max_batch_size < 1:
+            raise PolicyConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         if tokenizer.vocab_size > config.model.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary {config.model.vocab_size}"
@@ -346,9 +348,13 @@ class Policy:
         noise = np.asarray(noise)
         if noise.shape != shape:
             raise InvalidObservationError("noise", f"expected shape {shape}, got {noise.shape}")
-        if noise.dtype.kind != "f" or not np.isfinite(noise).all():
-            raise InvalidObservationError("noise", f"expected finite floats, got {noise.dtype}")
-        return noise.astype(np.float32, copy=False)
+        if noise.dtype.kind != "f":
+            raise InvalidObservationError("noise", f"expected floats, got {noise.dtype}")
+        with np.errstate(over="ignore"):
+            noise = noise.astype(np.float32, copy=False)
+        if not np.isfinite(noise).all():
+            raise InvalidObservationError("noise", "expected finite float32 numbers")
+        return noise
 
 
 def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,9 +58,9 @@ def test_the_documentation_names_every_entry():
 
 def test_the_documentations_examples_load(tmp_path):
     blocks = re.findall(r"```json\n(.*?)```", (ROOT / "docs/custom-policy.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        read(tmp_path, json.loads(block))
+    first, example = map(json.loads, blocks)
+    assert read(tmp_path, first).asset_id == "my_lab/shirts"
+    assert example == json.loads((ROOT / "examples/my_finetune.json").read_text())
 
 
 def test_what_a_file_does_not_say_is_inherited(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openpi_flash_models.config import ModelConfig
-from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError
+from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.images import ImageLayout
 from openpi_flash_models.normalize import NormStats
 from openpi_flash_models.policy import ImageSpec, Policy, TensorSpec, WarmUpShape, flatten
@@ -152,8 +152,9 @@ def test_a_seed_or_noise_makes_actions_repeatable():
         ({"seed": 1.5}, "seed", "expected an integer from 0 .*, got 1.5"),
         ({"seed": True}, "seed", "got True"),
         ({"noise": np.zeros((15, 31))}, "noise", r"expected shape \(15, 32\), got \(15, 31\)"),
-        ({"noise": np.full((15, 32), np.nan)}, "noise", "expected finite floats"),
-        ({"noise": np.zeros((15, 32), np.int64)}, "noise", "expected finite floats, got int64"),
+        ({"noise": np.full((15, 32), np.nan)}, "noise", "expected finite float32"),
+        ({"noise": np.full((15, 32), 1e300)}, "noise", "expected finite float32"),
+        ({"noise": np.zeros((15, 32), np.int64)}, "noise", "expected floats, got int64"),
         ({"num_steps": 0}, "num_steps", "from 1 to 100, got 0"),
         ({"num_steps": 101}, "num_steps", "from 1 to 100, got 101"),
         ({"num_steps": "10"}, "num_steps", "from 1 to 100, got '10'"),
@@ -273,6 +274,12 @@ def test_statistics_that_do_not_fit_are_refused_when_loading():
     ):
         with pytest.raises(CheckpointError, match=message):
             Policy(config, LinearBackend(config.model), TOKENIZER, given)
+
+
+@pytest.mark.parametrize("options", [{"num_steps": 0}, {"num_steps": 101}, {"max_batch_size": 0}])
+def test_options_of_the_policy_out_of_range_are_named(options):
+    with pytest.raises(PolicyConfigError, match=next(iter(options))):
+        make_policy("pi05_droid", **options)
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused():

@@ -1,4 +1,4 @@
-"""Robots: what they must send, and the errors that say so. Equality with openpi's transforms: golden/transforms_test.py."""
+"""Robots: what they must send, and the errors that say so. Equality with openpi: golden/transforms_test.py."""
 
 import ml_dtypes
 import numpy as np
