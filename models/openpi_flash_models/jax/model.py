@@ -20,6 +20,7 @@ from jax import Array, lax
 
 from openpi_flash_models import flow
 from openpi_flash_models.config import GemmaConfig, ModelConfig
+from openpi_flash_models.pixels import PIXEL_VALUES
 
 Weights = dict[str, Any]
 
@@ -129,7 +130,7 @@ def embed_images(config: ModelConfig, weights: Weights, images: Array) -> Array:
 def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
     """Patches in row-major order, projected, plus positions: (views, tokens, width)."""
     if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 255 * 2 - 1
+        images = jnp.asarray(PIXEL_VALUES)[images]
     size = config.vision.patch_size
     views, height, width, _ = images.shape
     patches = images.reshape(views, height // size, size, width // size, size, 3).swapaxes(2, 3)

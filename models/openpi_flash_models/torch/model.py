@@ -248,6 +248,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.pixel_values = parameter(256)
         self.patch = nn.Linear(config.patch_size**2 * 3, config.width)
         self.position = parameter(config.num_tokens, config.width)
         self.blocks: Sequence[VisionBlock] = modules(VisionBlock(config, dtype) for _ in range(config.depth))
@@ -261,7 +262,7 @@ class VisionTower(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """Patches in row-major order, projected, plus positions: (views, tokens, width)."""
         if images.dtype == torch.uint8:
-            images = images.float() / 255 * 2 - 1
+            images = self.pixel_values[images.int()]
         size = self.config.patch_size
         views, height, width, _ = images.shape
         patches = images.view(views, height // size, size, width // size, size, 3).transpose(2, 3)

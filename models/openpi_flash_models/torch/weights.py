@@ -19,6 +19,7 @@ from openpi_flash_models.checkpoints.layout import (
 )
 from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.pixels import PIXEL_VALUES
 from openpi_flash_models.torch.model import GemmaLayer, Pi0, VisionTower
 
 
@@ -28,6 +29,7 @@ def read_model(config: ModelConfig, source: TensorSource, dtype: torch.dtype, de
     with torch.device("meta"):
         model = Pi0(config, dtype, adaptive_dtype(config, source))
     model.to_empty(device=device)
+    model.vision.pixel_values.copy_(torch.from_numpy(PIXEL_VALUES))
     # The largest first, while little else is in memory beside them.
     for name, slot in sorted(slots(model), key=lambda item: -item[1].numel()):
         slot.copy_(as_tensor(source.read(name)))

@@ -1,0 +1,45 @@
+"""What the PyTorch model computes on the way to the actions, under the names that `golden.cases` compares."""
+
+import numpy as np
+import torch
+
+from openpi_flash_models import flow
+from openpi_flash_models.request import ModelBatch
+from openpi_flash_models.torch.backend import TorchBackend
+
+
+def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.ndarray) -> dict[str, np.ndarray]:
+    """Runs the model piece by piece, with given time embeddings (steps, E), and keeps what each piece returned.
+
+    Shapes are those of model.py; the views of a batch stay apart (B, V, …), caches are (L, B, S, K, h).
+    """
+    model, config = backend.model, backend.config
+    inputs = backend.upload(batch)
+    found: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        if num_views := inputs.images.shape[1]:
+            stem = model.vision.embed_patches(inputs.images.flatten(0, 1))
+            encoded = model.vision.encode(stem)
+            vision = {"stem_posemb": stem, "block0": model.vision.blocks[0](stem), "encoded": encoded}
+            vision["projected"] = model.vision.projector(encoded)
+            found |= {f"vit_{name}": views.unflatten(0, (-1, num_views)) for name, views in vision.items()}
+        found["prefix_embeds"], valid = model.embed_prefix(inputs)
+        cache, out = model.prefix_forward(found["prefix_embeds"], valid, hidden=True)
+        assert out is not None  # noqa: S101 - asked for
+        found["prefix_out"] = out
+        found["prefix_k"] = torch.stack(cache.keys).transpose(2, 3)
+        found["prefix_v"] = torch.stack(cache.values).transpose(2, 3)
+
+        embeddings = torch.from_numpy(time_embeddings).to(backend.device)
+        schedule, context = model.schedule(embeddings), model.prepare(inputs)
+        if config.is_pi05:
+            found["adarms_cond_t1"] = model.condition(embeddings[:1]).expand(len(batch.tokens), -1)
+        found["suffix_embeds_t1"] = model.embed_suffix(inputs.noise, 0, schedule, context)
+        found["suffix_out_t1"] = model.suffix_forward(found["suffix_embeds_t1"], 0, schedule, context)
+        x, dt = [inputs.noise], float(flow.step_size(len(time_embeddings)))
+        v: list[torch.Tensor] = []
+        for step in range(len(time_embeddings)):
+            v.append(model.velocity(x[-1], step, schedule, context))
+            x.append(x[-1] + dt * v[-1])
+        found |= {"v_t1": v[0], "x_trajectory": torch.stack(x, 1), "v_trajectory": torch.stack(v, 1)}
+        return {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
