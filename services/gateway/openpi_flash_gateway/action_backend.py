@@ -56,8 +56,8 @@ class ActionBackend:
         self._last_request_id = 0
         self._ready = asyncio.Event()
         self._not_ready_reason = "the action service has not been reached yet"
-        self.metadata: inference_pb2.GetMetadataResponse | None = None
-        """What the action service said when it last became ready; None: it never was."""
+        self.metadata = inference_pb2.GetMetadataResponse()
+        """What the action service said when it last became ready."""
 
     @property
     def not_ready_reason(self) -> str:
@@ -234,6 +234,7 @@ def _channel(settings: EngineSettings) -> grpc.aio.Channel:
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),  # a proxy of the environment is meant for the outside
     ]
     if gateway.action_ca_file is None:
         return grpc.aio.insecure_channel(address, options)

@@ -66,9 +66,9 @@ class Policy:
         """What is served, and how this gateway's operator wants the pictures sent.
 
         Raises:
-            UnavailableError: no backend has said so yet.
+            UnavailableError: a backend is not ready.
         """
-        if self._action.metadata is None:
+        if self.not_ready_reason:
             raise UnavailableError(self.not_ready_reason)
         return _with_encoding(self._action.metadata, self._images)
 
