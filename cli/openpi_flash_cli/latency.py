@@ -1,0 +1,171 @@
+"""`openpi-flash test ws|grpc HOST`: where the time of a call to a running server goes."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from openpi_flash_cli.scene import camera_picture
+
+TIMED_CALLS = 5
+
+Calls = list[dict[str, float]]
+"""For each timed call its `round_trip_ms`, `server_ms` and `policy_ms`."""
+
+Infer = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+ROBOTS: dict[str, dict[str, Any]] = {
+    "aloha": {
+        "images": dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), (3, 224, 224)),
+        "state": (14,),
+    },
+    "droid": {
+        "observation/exterior_image_1_left": (224, 224, 3),
+        "observation/wrist_image_left": (224, 224, 3),
+        "observation/joint_position": (7,),
+        "observation/gripper_position": (1,),
+    },
+    "libero": {
+        "observation/image": (224, 224, 3),
+        "observation/wrist_image": (224, 224, 3),
+        "observation/state": (8,),
+    },
+}
+"""What each robot sends over WebSocket, where the server cannot say so: nested names and shapes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "transport", choices=("ws", "grpc"), help="ws: openpi's WebSocket protocol; grpc: PolicyService"
+    )
+    parser.add_argument("host", help="name or address of the server")
+    parser.add_argument("--port", type=int, help="default: 8000 for ws, 50051 for grpc")
+    parser.add_argument(
+        "--robot", choices=tuple(ROBOTS), default="droid", help="observation to send over ws (%(default)s)"
+    )
+    parser.add_argument("--prompt", default="pick up the red cup")
+    parser.add_argument("--token", help="bearer token, where the server asks for one")
+    parser.add_argument("--ca-file", help="PEM file of the CA of the server's certificate; turns TLS on")
+    parser.add_argument("--insecure-plaintext", action="store_true", help="allow grpc without TLS to another machine")
+    parser.add_argument(
+        "--timeout", type=float, default=60, metavar="S", help="most seconds for one call (%(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    calls = {"ws": _time_websocket, "grpc": _time_grpc}[arguments.transport](arguments)
+    print_report(f"{arguments.transport}://{arguments.host}", calls)
+    return 0
+
+
+def print_report(server: str, calls: Calls, console: Console | None = None) -> None:
+    """Prints mean, least and most of each part.
+
+    Args:
+        server: title of the table.
+        calls: what was measured.
+    """
+    parts = {
+        "client round trip": [call["round_trip_ms"] for call in calls],
+        "server": [call["server_ms"] for call in calls],
+        "policy (model)": [call["policy_ms"] for call in calls],
+        "round trip - server": [call["round_trip_ms"] - call["server_ms"] for call in calls],
+        "server - policy": [call["server_ms"] - call["policy_ms"] for call in calls],
+    }
+    table = Table(title=f"{server}, {len(calls)} calls after 1 warm-up", title_justify="left")
+    for heading in ("ms", "mean", "min", "max"):
+        table.add_column(heading, justify="left" if heading == "ms" else "right")
+    for part, values in parts.items():
+        table.add_row(part, *(f"{figure:.2f}" for figure in (statistics.fmean(values), min(values), max(values))))
+    (console or Console()).print(table)
+
+
+def observation_of(specs: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """An observation of the named shapes: camera pictures where there are three channels, zeros elsewhere.
+
+    Args:
+        specs: nested names → shape.
+        step: moment in time, so that no two observations are alike.
+    """
+    observation: dict[str, Any] = {}
+    view = 0
+    for name, spec in specs.items():
+        if isinstance(spec, Mapping):
+            observation[name] = observation_of(spec, step)
+        elif len(spec) == 3:
+            channels_first = spec[0] == 3
+            height, width = spec[1:] if channels_first else spec[:2]
+            picture = camera_picture(view, step, height=height, width=width)
+            observation[name] = picture.transpose(2, 0, 1) if channels_first else picture
+            view += 1
+        else:
+            observation[name] = np.zeros(spec, np.float32)
+    return observation
+
+
+def _time_calls(infer: Infer, specs: Mapping[str, Any], prompt: str) -> Calls:
+    calls = []
+    for step in range(1 + TIMED_CALLS):
+        observation = observation_of(specs, step) | {"prompt": prompt}
+        started = time.perf_counter()
+        answer = infer(observation)
+        round_trip_ms = (time.perf_counter() - started) * 1e3
+        timing = {"server_ms": answer["server_timing"]["infer_ms"], "policy_ms": answer["policy_timing"]["infer_ms"]}
+        calls.append({"round_trip_ms": round_trip_ms} | timing)
+    return calls[1:]
+
+
+def _time_websocket(arguments: argparse.Namespace) -> Calls:
+    import ssl
+
+    from openpi_flash_client import PolicyError
+    from openpi_flash_common import openpi_msgpack
+    from websockets.sync.client import connect
+
+    scheme = "wss" if arguments.ca_file else "ws"
+    headers = {"Authorization": f"Api-Key {arguments.token}"} if arguments.token else None
+    with connect(
+        f"{scheme}://{arguments.host}:{arguments.port or 8000}",
+        additional_headers=headers,
+        compression=None,
+        max_size=None,
+        ssl=ssl.create_default_context(cafile=arguments.ca_file) if arguments.ca_file else None,
+        open_timeout=arguments.timeout,
+    ) as connection:
+        connection.recv(arguments.timeout)  # the server's metadata come first
+
+        def infer(observation: dict[str, Any]) -> Mapping[str, Any]:
+            connection.send(openpi_msgpack.packb(observation))
+            answer = connection.recv(arguments.timeout)
+            if isinstance(answer, str):
+                raise PolicyError(answer)
+            return openpi_msgpack.unpackb(answer)
+
+        return _time_calls(infer, ROBOTS[arguments.robot], arguments.prompt)
+
+
+def _time_grpc(arguments: argparse.Namespace) -> Calls:
+    from openpi_flash_client import GrpcPolicy
+
+    with GrpcPolicy(
+        arguments.host,
+        arguments.port or 50051,
+        ca_file=arguments.ca_file,
+        insecure_plaintext=arguments.insecure_plaintext,
+        token=arguments.token,
+        connect_timeout_s=arguments.timeout,
+        timeout_s=arguments.timeout,
+    ) as policy:
+        metadata = policy.get_server_metadata()
+        specs: dict[str, Any] = {}
+        for spec in metadata["image_specs"]:
+            size = (spec["height"], spec["width"])
+            specs[spec["path"]] = (3, *size) if spec["layout"] == "CHW" else (*size, 3)
+        for spec in metadata["tensor_specs"]:
+            specs[spec["path"]] = tuple(spec["shape"])
+        return _time_calls(policy.infer, specs, arguments.prompt)
