@@ -165,7 +165,7 @@ def _time_grpc(arguments: argparse.Namespace) -> Calls:
         specs: dict[str, Any] = {}
         for spec in metadata["image_specs"]:
             size = (spec["height"], spec["width"])
-            specs[spec["path"]] = (3, *size) if spec["layout"] == "CHW" else (*size, 3)
+            specs[spec["path"]] = (3, *size) if spec["layout"].endswith("CHW") else (*size, 3)
         for spec in metadata["tensor_specs"]:
             specs[spec["path"]] = tuple(spec["shape"])
         return _time_calls(policy.infer, specs, arguments.prompt)
