@@ -113,7 +113,7 @@ def test_a_large_checkpoint_is_written_without_holding_it(layout, tmp_path):
     command = [sys.executable, "-c", PEAK_PROBE, tmp_path / "c", layout]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert sum(file.stat().st_size for file in (tmp_path / "c").rglob("*") if file.is_file()) > 450 << 20
-    assert int(run.stdout) < 250
+    assert int(run.stdout) < 340
 
 
 def test_the_tiny_tokenizer_has_paligemma_s_settings(tmp_path):
