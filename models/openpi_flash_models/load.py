@@ -7,6 +7,7 @@ from typing import Any
 
 from openpi_flash_models import flow
 from openpi_flash_models.checkpoints.detect import Checkpoint, Layout, detect
+from openpi_flash_models.checkpoints.download import resolve
 from openpi_flash_models.errors import CheckpointError, PolicyConfigError
 from openpi_flash_models.normalize import Normalization, NormStats, load_norm_stats
 from openpi_flash_models.policy import Policy
@@ -54,7 +55,7 @@ def load_policy(
     checkpoint = detect(checkpoint_dir, layout=None if backend == "auto" else Layout(backend))
     # What is cheap to get wrong is read before the weights, which take minutes.
     stats = find_norm_stats(config, checkpoint.root)
-    prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or _paligemma_tokenizer())
+    prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or resolve(TOKENIZER_URI))
     options = {"device": device, "precision": precision, "num_steps": num_steps}
     model = _load_backend(config, checkpoint, compile_mode, options)
     return Policy(
@@ -109,9 +110,3 @@ def _load_backend(
     with contextlib.closing(checkpoint.open()) as source:
         backend: Backend = module.load(config.model, source, **options)
     return backend
-
-
-def _paligemma_tokenizer() -> Path:
-    from openpi_flash_models.checkpoints.download import resolve
-
-    return resolve(TOKENIZER_URI)
