@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.parse
 
 import pytest
@@ -39,6 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # the default drops some of eight connections at once, and each then waits a second
 
     def __init__(self, handler):
         super().__init__(("127.0.0.1", 0), handler)
@@ -401,7 +403,7 @@ def test_a_cache_that_cannot_be_written_or_is_too_small_is_said(bucket, tmp_path
     (tmp_path / "assets").touch()
     with pytest.raises(DownloadError, match=r"cannot be stored in .*OPENPI_DATA_HOME names another place"):
         resolve(URI, data_home=tmp_path, storage_url=bucket.url)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     with pytest.raises(DownloadError, match=r"needs 0\.00 GB more in .*, which has 0\.00 GB free"):
         resolve(URI, data_home=tmp_path / "small", storage_url=bucket.url)
 

@@ -16,8 +16,9 @@ import tensorstore as ts
 from openpi_flash_models.checkpoints.safetensors_source import SAFETENSORS_DTYPES
 from openpi_flash_models.errors import CheckpointError
 
-BLOCK_BYTES = 32 << 20
-"""Target size of what is held at once, and of an array's chunks in the JAX layout."""
+BLOCK_BYTES = 64 << 20
+"""Target size of what is held at once, and of an array's chunks in the JAX layout. Well above 32 MiB: what is smaller,
+glibc may keep after its reader has freed it."""
 
 
 class Rows(Protocol):
