@@ -1,23 +1,20 @@
 """Keeps child processes running: starts them, prefixes what they say, restarts what dies, stops all in order."""
 
 import asyncio
-import ctypes
 import dataclasses
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from typing import TextIO
 
-EXIT_CONFIG = 78
-"""A child that exits so (EX_CONFIG of sysexits.h) cannot succeed by being started again."""
+from openpi_flash_common.settings import EXIT_CONFIG
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 60.0
 """A child that ran this long is started again after the first backoff."""
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Supervisor:
         self._stopping.set()
 
     async def run(self) -> int:
-        """Runs until `stop`, SIGTERM or SIGINT, or a program's EXIT_CONFIG.
+        """Runs until `stop`, SIGTERM or SIGINT, or a program that says, by EXIT_CONFIG, that it cannot run.
 
         Returns:
             0 after an orderly stop, EXIT_CONFIG if a program could not run, 1 if one had to be killed.
@@ -79,13 +76,13 @@ class Supervisor:
         while not self._stopping.is_set():
             started = time.monotonic()
             process = await asyncio.create_subprocess_exec(
+                *_die_with_parent(),
                 *program.argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 limit=1 << 20,
                 start_new_session=True,  # a Ctrl-C reaches this process alone, which then stops the others in order
-                preexec_fn=_die_with_parent,
             )
             self._processes[program.name] = process
             await self._copy_output(program.name, process)
@@ -137,10 +134,13 @@ class Supervisor:
         print(f"{name:<7} | {text}", file=self._log, flush=True)
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to end the child when the supervisor dies without a chance to do so itself (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _die_with_parent() -> tuple[str, ...]:
+    """Puts a command under a kernel's watch that ends it when the supervisor dies without a chance to do so itself.
+
+    util-linux's setpriv sets it between fork and exec; where there is none, such a death leaves the programs running.
+    """
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "TERM", "--") if setpriv else ()
 
 
 def _describe(code: int) -> str:

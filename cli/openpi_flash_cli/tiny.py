@@ -1,4 +1,4 @@
-"""A tiny random pi0.5 for DROID, in openpi's layout: real files through the real code, small enough for any machine."""
+"""A tiny random pi0.5 in openpi's layout: real files through the real code, small enough for any machine."""
 
 import dataclasses
 import json
@@ -17,6 +17,10 @@ MODEL = {
 }
 
 
+ASSETS = {"droid": {"droid": (8, 8)}, "aloha": {"trossen": (14, 14)}}
+"""Of each robot: the id of its statistics, and its numbers of state and action dimensions."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyPolicy:
     """Where the files are.
@@ -30,18 +34,20 @@ class TinyPolicy:
     checkpoint_dir: Path
 
 
-def make_tiny_policy(directory: Path, *, layout: str = "jax") -> TinyPolicy:
+def make_tiny_policy(directory: Path, *, robot: str = "droid", layout: str = "jax") -> TinyPolicy:
     """Writes tokenizer, policy file and seeded random checkpoint below `directory`.
 
     Args:
+        robot: `droid` (two cameras) or `aloha` (three).
         layout: `jax` (Orbax, served by JAX) or `torch` (safetensors, served by PyTorch).
     """
     directory.mkdir(parents=True, exist_ok=True)
     synthetic.train_tiny_tokenizer(directory / "tokenizer.model", vocab_size=VOCAB_SIZE)
-    policy_file = directory / "pi05_droid_tiny.json"
-    fields = {"extends": "pi05_droid", "name": "pi05_droid_tiny", "model": MODEL, "tokenizer": "tokenizer.model"}
+    name = f"pi05_{robot}_tiny"
+    policy_file = directory / f"{name}.json"
+    fields = {"extends": f"pi05_{robot}", "name": name, "model": MODEL, "tokenizer": "tokenizer.model"}
     policy_file.write_text(json.dumps(fields, indent=2) + "\n")
+    checkpoint_dir = directory / f"{name}_{layout}"
     config = load_policy_config(policy_file)
-    checkpoint_dir = directory / f"checkpoint_{layout}"
-    synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, asset_ids={"droid": (8, 8)})
+    synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, asset_ids=ASSETS[robot])
     return TinyPolicy(policy_file, checkpoint_dir)

@@ -270,13 +270,18 @@ class Policy:
             for bucket in self.prompt_buckets
         ]
 
-    def warm_up(self, progress: Callable[[int, int, WarmUpShape], None] | None = None) -> None:
-        """Calls the model once for each of `warm_up_shapes`, so that no request waits for a compiler.
+    def warm_up(
+        self,
+        shapes: Sequence[WarmUpShape] | None = None,
+        progress: Callable[[int, int, WarmUpShape], None] | None = None,
+    ) -> None:
+        """Calls the model once for each shape, so that no request waits for a compiler.
 
         Args:
+            shapes: None: all `warm_up_shapes`.
             progress: told before each call how many are done, how many there are, and the shape that is next.
         """
-        shapes = self.warm_up_shapes()
+        shapes = self.warm_up_shapes() if shapes is None else shapes
         model = self.config.model
         size = model.vision.image_size
         for done, shape in enumerate(shapes):

@@ -234,7 +234,7 @@ def test_actions_that_are_not_finite_never_reach_a_robot():
 def test_warm_up_runs_every_shape_that_can_occur():
     policy, backend = make_policy("pi05_aloha", max_batch_size=2, num_steps=4)
     seen: list[tuple[int, int, WarmUpShape]] = []
-    policy.warm_up(lambda done, total, shape: seen.append((done, total, shape)))
+    policy.warm_up(progress=lambda done, total, shape: seen.append((done, total, shape)))
     # 14 numbers of the state make the shortest prompt longer than the smallest bucket.
     assert policy.prompt_buckets == (64, 128, 200)
     shapes = [(len(b.images), b.images.shape[1], b.tokens.shape[1]) for b in backend.batches]

@@ -25,6 +25,9 @@ from pydantic import (
     model_validator,
 )
 
+EXIT_CONFIG = 2
+"""Exit code of a service whose settings or files cannot be used: starting it again would not help."""
+
 CONFIG_PATH_VARIABLE = "INFERENCE_CONFIG_PATH"
 _PREFIX = "OPENPI_"
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from openpi_flash_common.logs import setup_logging
-from openpi_flash_common.settings import EngineSettings, SettingsError, load_settings
+from openpi_flash_common.settings import EXIT_CONFIG, EngineSettings, SettingsError, load_settings
 
 from openpi_flash_gateway.gateway import Gateway
 
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         asyncio.run(_run(settings))
     except SettingsError as error:
         print(f"openpi-flash-gateway: {error}", file=sys.stderr)
-        return 2
+        return EXIT_CONFIG
     return 0
 
 

@@ -1,0 +1,242 @@
+"""From waiting requests to model calls: a bounded queue, one accelerator, batches of requests with equal shapes."""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError
+from openpi_flash_common.telemetry import Span, Telemetry
+
+logger = logging.getLogger(__name__)
+
+PREPARING_THREADS = 2
+
+
+class RunnablePolicy(Protocol):
+    """What of `openpi_flash_models.policy.Policy` the scheduler uses."""
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]: ...
+    def run(self, prepared: list[Any]) -> list[np.ndarray]: ...
+    def finish(self, prepared: Any, model_actions: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The result of one request, and where its time went.
+
+    Attributes:
+        tensors: named results, `actions` among them.
+        queue_ms: waiting, for a thread to be prepared in and for the accelerator.
+        batch_size: requests in the model call.
+    """
+
+    tensors: dict[str, np.ndarray]
+    queue_ms: float
+    preprocess_ms: float
+    model_ms: float
+    postprocess_ms: float
+    batch_size: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A prepared request that waits for the accelerator. Times are `time.monotonic()` seconds."""
+
+    prepared: Any
+    deadline: float
+    span: Span
+    waited_s: float
+    preprocess_s: float
+    queued: float
+    answer: asyncio.Future[Answer]
+
+
+class Scheduler:
+    """Runs requests on one accelerator. Belongs to the event loop that calls `infer`; the model never blocks it.
+
+    Whatever may take long happens in threads: preparing in a few of their own, so that bad input is refused while the
+    accelerator is busy, and every use of the model in a single one, in which it was loaded, too.
+    """
+
+    def __init__(self, queue_size: int, telemetry: Telemetry) -> None:
+        """
+        Args:
+            queue_size: most requests that are prepared or wait; more are refused at once.
+        """
+        self._queue_size = queue_size
+        self._telemetry = telemetry
+        self._metrics = telemetry.metrics
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
+        self._accelerator = ThreadPoolExecutor(1, "accelerator")
+        self._waiting: deque[_Job] = deque()
+        self._num_queued = 0
+        self._working = False
+
+    async def on_accelerator(self, function: Callable[[], Any]) -> Any:
+        """Runs something in the accelerator's thread, e.g. loading the model and warming it up."""
+        return await asyncio.get_running_loop().run_in_executor(self._accelerator, function)
+
+    async def infer(self, policy: RunnablePolicy, prepare: Callable[[], Any], deadline: float, span: Span) -> Answer:
+        """Prepares a request and has it answered. Cancelling the call drops what has not reached the accelerator.
+
+        Args:
+            policy: the one policy of this scheduler.
+            prepare: makes the prepared request; called in a thread.
+            deadline: `time.monotonic()` seconds, after which the request must not reach the accelerator.
+            span: the request's.
+
+        Raises:
+            ResourceExhaustedError: too many wait already.
+            DeadlineExceededError: its time was over before the accelerator was free.
+            Exception: what `prepare` or the model raised.
+        """
+        if self._num_queued >= self._queue_size:
+            raise ResourceExhaustedError(
+                f"{self._num_queued} requests wait for the accelerator, as many as may; try again later"
+            )
+        arrived = time.monotonic()
+        self._count_queued(1)
+        try:
+            started, ended, prepared = await asyncio.get_running_loop().run_in_executor(
+                self._preparing, _timed, prepare, deadline
+            )
+            self._telemetry.record("prepare", span, started, ended)
+            job = _Job(
+                prepared=prepared,
+                deadline=deadline,
+                span=span,
+                waited_s=started - arrived,
+                preprocess_s=ended - started,
+                queued=time.monotonic(),
+                answer=asyncio.get_running_loop().create_future(),
+            )
+            self._waiting.append(job)
+            if not self._working:
+                self._work(policy)
+        except BaseException:
+            self._count_queued(-1)
+            raise
+        try:
+            return await job.answer
+        finally:
+            if job in self._waiting:  # given up: its place is free at once
+                self._waiting.remove(job)
+                self._count_queued(-1)
+
+    def close(self) -> None:
+        """Ends the threads, once what they do is done."""
+        self._preparing.shutdown()
+        self._accelerator.shutdown()
+
+    def _work(self, policy: RunnablePolicy) -> None:
+        """Hands the next batch to the accelerator's thread; comes back when it is done."""
+        batch = self._next_batch(policy.batch_sizes[-1])
+        self._working = bool(batch)
+        if not batch:
+            return
+        started = time.monotonic()
+        for job in batch:
+            job.waited_s += started - job.queued
+            self._metrics.queue_wait_seconds.observe(job.waited_s)
+        self._metrics.batch_size.observe(len(batch))
+        future = asyncio.get_running_loop().run_in_executor(self._accelerator, self._run, policy, batch)
+        future.add_done_callback(lambda done: self._deliver(policy, batch, done))
+
+    def _next_batch(self, max_batch_size: int) -> list[_Job]:
+        """The oldest request that is still wanted, and what may share its model call."""
+        batch: list[_Job] = []
+        kept: deque[_Job] = deque()
+        now = time.monotonic()
+        while self._waiting and len(batch) < max_batch_size:
+            job = self._waiting.popleft()
+            if job.answer.done():  # given up a moment ago
+                self._count_queued(-1)
+            elif job.deadline <= now:
+                self._count_queued(-1)
+                job.answer.set_exception(_too_late())
+            elif not batch or _may_share(batch[0], job):
+                self._count_queued(-1)
+                batch.append(job)
+                if job.prepared.request.deterministic:
+                    break
+            else:
+                kept.append(job)
+        kept.extend(self._waiting)
+        self._waiting = kept
+        return batch
+
+    def _run(self, policy: RunnablePolicy, batch: list[_Job]) -> list[Answer | Exception]:
+        """In the accelerator's thread: one model call, or, where it fails, one for each request."""
+        try:
+            return self._call_model(policy, batch)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            logger.warning("a batch of %d failed; running its requests one by one", len(batch), exc_info=error)
+            return [answer for job in batch for answer in self._run(policy, [job])]
+
+    def _call_model(self, policy: RunnablePolicy, batch: list[_Job]) -> list[Answer | Exception]:
+        started = time.monotonic()
+        model_actions = policy.run([job.prepared for job in batch])
+        ended = time.monotonic()
+        self._metrics.model_seconds.observe(ended - started)
+        answers: list[Answer | Exception] = []
+        for job, actions in zip(batch, model_actions, strict=True):
+            self._telemetry.record("model", job.span, started, ended, batch_size=len(batch))
+            finishing = time.monotonic()
+            try:
+                tensors = policy.finish(job.prepared, actions)
+            except Exception as error:
+                answers.append(error)
+                continue
+            answers.append(
+                Answer(
+                    tensors=tensors,
+                    queue_ms=job.waited_s * 1e3,
+                    preprocess_ms=job.preprocess_s * 1e3,
+                    model_ms=(ended - started) * 1e3,
+                    postprocess_ms=(time.monotonic() - finishing) * 1e3,
+                    batch_size=len(batch),
+                )
+            )
+        return answers
+
+    def _deliver(
+        self, policy: RunnablePolicy, batch: list[_Job], done: asyncio.Future[list[Answer | Exception]]
+    ) -> None:
+        self._work(policy)  # first the accelerator, then the answers
+        for job, answer in zip(batch, done.result(), strict=True):
+            if job.answer.done():  # given up while it ran
+                continue
+            if isinstance(answer, Exception):
+                job.answer.set_exception(answer)
+            else:
+                job.answer.set_result(answer)
+
+    def _count_queued(self, change: int) -> None:
+        self._num_queued += change
+        self._metrics.queue_depth.set(self._num_queued)
+
+
+def _timed(prepare: Callable[[], Any], deadline: float) -> tuple[float, float, Any]:
+    started = time.monotonic()
+    if deadline <= started:
+        raise _too_late()
+    prepared = prepare()
+    return started, time.monotonic(), prepared
+
+
+def _may_share(first: _Job, other: _Job) -> bool:
+    one, two = first.prepared.request, other.prepared.request
+    return one.shape_key == two.shape_key and not one.deterministic and not two.deterministic
+
+
+def _too_late() -> DeadlineExceededError:
+    return DeadlineExceededError("the request's time ran out before the accelerator was free")
