@@ -1,0 +1,42 @@
+"""openpi's arrangement, as a rival: a `websockets` server that calls the policy in its own process and event loop."""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from openpi_flash_common import openpi_msgpack
+from openpi_flash_models.load import load_policy
+from openpi_flash_models.policy_configs import load_policy_config
+from websockets.asyncio.server import ServerConnection, serve
+
+
+async def main(policy_file: str, checkpoint_dir: str, port: int) -> None:
+    policy = load_policy(load_policy_config(policy_file), Path(checkpoint_dir), device="cpu", precision="float32")
+    policy.warm_up()
+
+    async def converse(connection: ServerConnection) -> None:
+        await connection.send(openpi_msgpack.packb(dict(policy.metadata)))
+        async for message in connection:
+            started = time.perf_counter()
+            observation = openpi_msgpack.unpackb(message)
+            prepared = policy.prepare(_flat(observation), prompt=observation["prompt"])
+            model_started = time.perf_counter()
+            actions = policy.run([prepared])[0]
+            model_ms = (time.perf_counter() - model_started) * 1e3
+            result = {**policy.finish(prepared, actions), "policy_timing": {"infer_ms": model_ms}}
+            result["server_timing"] = {"infer_ms": (time.perf_counter() - started) * 1e3}
+            await connection.send(openpi_msgpack.packb(result))
+
+    async with serve(converse, "127.0.0.1", port, compression=None, max_size=None):
+        print("ready", flush=True)
+        await asyncio.Future()
+
+
+def _flat(observation: dict) -> dict:
+    images = {f"images/{name}": picture for name, picture in observation["images"].items()}
+    return {"state": observation["state"], **images}
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

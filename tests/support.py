@@ -1,0 +1,97 @@
+"""The engine in a process of its own, for tests that span packages."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from openpi_flash_cli.demo import free_ports
+from openpi_flash_cli.tiny import TinyPolicy
+
+READY = re.compile(r"Service ready \(mode=action_only, slots=\[action\]\)")
+
+
+@dataclasses.dataclass
+class Engine:
+    """`openpi-flash serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    settings: dict[str, Any]
+    log: list[str]
+
+    @property
+    def grpc_port(self) -> int:
+        return self.settings["gateway"]["grpc_port"]
+
+    @property
+    def action_port(self) -> int:
+        return self.settings["action"]["grpc_port"]
+
+    @property
+    def websocket_port(self) -> int:
+        return self.settings["action_transport"]["websocket_port"]
+
+    def wait_for(self, pattern: str | re.Pattern[str], *, count: int = 1, timeout_s: float = 120) -> None:
+        """Waits until so many lines of the log match."""
+        deadline = time.monotonic() + timeout_s
+        while sum(bool(re.search(pattern, line)) for line in self.log) < count:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise AssertionError(f"fewer than {count} of {pattern!r} in the log:\n" + "\n".join(self.log))
+            time.sleep(0.02)
+
+    def child_pid(self, module: str) -> int:
+        """The process that runs a service, e.g. `openpi_flash_action`."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(pid) for pid in children if module in Path(f"/proc/{pid}/cmdline").read_text())
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def start_engine(tiny: TinyPolicy, directory: Path, **action: Any) -> Engine:
+    """Starts an engine for a tiny policy on free ports; does not wait for it."""
+    grpc_port, action_port, websocket_port = free_ports(3)
+    settings = {
+        "action": {
+            "model_config_name": str(tiny.policy_file),
+            "checkpoint_dir": str(tiny.checkpoint_dir),
+            "precision": "float32",
+            "max_batch_size": 2,
+            "warm_up": {"prompt_buckets": [64]},
+            "grpc_port": action_port,
+            **action,
+        },
+        # A Unix socket's path may not be longer than 107 bytes; pytest's folders can be.
+        "action_transport": {
+            "websocket_port": websocket_port,
+            "unix_socket_path": f"{tempfile.mkdtemp(prefix='opf-')}/s",
+        },
+        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port},
+    }
+    path = directory / "settings.json"
+    path.write_text(json.dumps(settings))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openpi_flash_cli", "serve", "--config", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    engine = Engine(process, settings, [])
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            engine.log.append(line.rstrip("\n"))
+
+    threading.Thread(target=read, daemon=True).start()
+    return engine
