@@ -20,7 +20,7 @@ from openpi_flash_common.errors import (
     error_to_proto,
 )
 from openpi_flash_common.grpc_server import GrpcServer
-from openpi_flash_common.telemetry import Span, Telemetry, TraceContext
+from openpi_flash_common.telemetry import Span, Telemetry, TraceContext, current_span
 from openpi_flash_models.errors import InvalidObservationError
 from openpi_flash_models.images import ImageLayout
 from openpi_flash_models.policy import Policy, PreparedPolicyRequest
@@ -53,9 +53,7 @@ class ActionServicer(action_pb2_grpc.ActionServiceServicer):
     async def Infer(  # noqa: N802 - gRPC's name
         self, request: inference_pb2.InferRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.InferResponse:
-        trace = TraceContext.from_metadata(context.invocation_metadata())
-        with self._telemetry.span("infer", trace) as span:
-            return await self._infer(request, context.time_remaining(), span)
+        return await self._infer(request, context.time_remaining(), current_span())
 
     async def InferStream(  # noqa: N802 - gRPC's name
         self, _: AsyncIterator[inference_pb2.InferStreamRequest], context: grpc.aio.ServicerContext

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from openpi_flash_common.settings import LogSettings
-from openpi_flash_common.telemetry import current_trace_id
+from openpi_flash_common.telemetry import current_span
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -33,7 +33,7 @@ class _Formatter(logging.Formatter):
 
     def pairs(self, record: logging.LogRecord) -> dict[str, Any]:
         pairs = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-        if trace_id := current_trace_id():
+        if trace_id := current_span().trace_id:
             pairs["trace_id"] = trace_id
         return pairs
 

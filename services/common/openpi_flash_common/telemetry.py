@@ -6,6 +6,7 @@ Neither SDK is imported unless it is configured. Times are `time.monotonic()` se
 import asyncio
 import contextlib
 import importlib.metadata
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from openpi_flash_common.settings import SettingsError, TelemetrySettings
 
 Service = Literal["gateway", "action", "planner"]
 
-_trace_id: ContextVar[str] = ContextVar("openpi_flash_trace_id", default="")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class TraceContext(NamedTuple):
@@ -41,14 +42,9 @@ class TraceContext(NamedTuple):
 NO_TRACE = TraceContext()
 
 
-def current_trace_id() -> str:
-    """Trace id of the request that the calling task works on, 32 hexadecimal digits; empty: none."""
-    return _trace_id.get()
-
-
 class Span:
     """One timed operation: a context manager. This base is what happens while tracing is off: the caller's context is
-    handed on, and logs show its trace id.
+    handed on, and logs show the caller's trace id.
 
     Attributes:
         context: the context to send along with calls to other services.
@@ -58,21 +54,35 @@ class Span:
 
     def __init__(self, context: TraceContext) -> None:
         self.context = context
-        self._token: Token[str] | None = None
+        self._token: Token[Span] | None = None
 
     def __enter__(self) -> Self:
-        if self.context.traceparent:
-            self._token = _trace_id.set(self.context.traceparent[3:35])
+        self._token = _current.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._token is not None:
-            _trace_id.reset(self._token)
+            _current.reset(self._token)
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits; empty: no trace."""
+        match = _TRACEPARENT.fullmatch(self.context.traceparent)
+        return match[1] if match else ""
 
     def set(self, key: str, value: str | int | float | bool) -> None:
         """Attaches an attribute."""
+
+
+_NO_SPAN = Span(NO_TRACE)
+_current: ContextVar[Span] = ContextVar("openpi_flash_span")
+
+
+def current_span() -> Span:
+    """The innermost span that the calling task is in: in a unary handler, the request's own."""
+    return _current.get(_NO_SPAN)
 
 
 class Telemetry:

@@ -4,7 +4,7 @@ import grpc
 from openpi_flash.v1 import policy_pb2
 from openpi_flash_common.errors import error_to_proto
 from openpi_flash_common.grpc_server import GrpcServer
-from openpi_flash_common.telemetry import Telemetry, TraceContext
+from openpi_flash_common.telemetry import Telemetry, TraceContext, current_span
 
 from openpi_flash_gateway import wire
 from openpi_flash_gateway.policy import Policy
@@ -35,11 +35,12 @@ class PolicyServicer:
 
     async def infer(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Serialized InferRequest to InferResponse."""
-        return bytes(await self._policy.infer([request], timeout_s=context.time_remaining(), trace=_trace(context)))
+        trace = current_span().context
+        return bytes(await self._policy.infer([request], timeout_s=context.time_remaining(), trace=trace))
 
     async def infer_stream(self, _: object, context: grpc.aio.ServicerContext) -> None:
         """Serialized InferStreamRequests to InferStreamResponses, in order, one at a time."""
-        trace = _trace(context)
+        trace = TraceContext.from_metadata(context.invocation_metadata())
 
         async def answer(data: bytes) -> bytes:
             request_id = 0
@@ -63,8 +64,5 @@ class PolicyServicer:
 
     async def reset(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Serialized ResetRequest to ResetResponse."""
-        return await self._policy.reset(request, timeout_s=context.time_remaining(), trace=_trace(context))
-
-
-def _trace(context: grpc.aio.ServicerContext) -> TraceContext:
-    return TraceContext.from_metadata(context.invocation_metadata())
+        trace = current_span().context
+        return await self._policy.reset(request, timeout_s=context.time_remaining(), trace=trace)
