@@ -36,7 +36,7 @@ def _trace(
         stem = model.embed_patches(config, tower, inputs.images.reshape(-1, *inputs.images.shape[2:]))
         vision = {"stem_posemb": stem, "block0": model.vision_block(config, model.layer_at(tower["blocks"], 0), stem)}
         vision["encoded"] = model.encode_patches(config, tower, stem)
-        vision["projected"] = vision["encoded"] @ tower["projector"] + tower["projector_bias"]
+        vision["projected"] = model.project(tower, vision["encoded"])
         found |= {f"vit_{name}": x.reshape(batch_size, num_views, *x.shape[1:]) for name, x in vision.items()}
     found["prefix_embeds"], valid = model.embed_prefix(config, weights, inputs)
     cache, out = model.prefix_forward(config, weights, found["prefix_embeds"], valid, hidden=True)

@@ -116,15 +116,18 @@ def embed_prefix(config: ModelConfig, weights: Weights, inputs: Inputs) -> tuple
 
 def embed_prompt(weights: Weights, tokens: Array) -> Array:
     """(B, P) token ids to (B, P, D). Only text is scaled by sqrt(D)."""
-    table = weights["embedding"]
-    return (table[tokens].astype(jnp.float32) * math.sqrt(table.shape[1])).astype(table.dtype)
+    rows = numbers(weights["embedding"][tokens])
+    return (rows.astype(jnp.float32) * math.sqrt(rows.shape[-1])).astype(rows.dtype)
 
 
 def embed_images(config: ModelConfig, weights: Weights, images: Array) -> Array:
     """The vision tower and the projection to the VLM's width: (views, size, size, 3) to (views, tokens, D)."""
     vision = weights["vision"]
-    x = encode_patches(config, vision, embed_patches(config, vision, images))
-    return x @ vision["projector"] + vision["projector_bias"]
+    return project(vision, encode_patches(config, vision, embed_patches(config, vision, images)))
+
+
+def project(vision: Weights, x: Array) -> Array:
+    return dot(x, numbers(vision["projector"])) + numbers(vision["projector_bias"])
 
 
 def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
@@ -135,24 +138,26 @@ def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
     views, height, width, _ = images.shape
     patches = images.reshape(views, height // size, size, width // size, size, 3).swapaxes(2, 3)
     patches = patches.reshape(views, -1, size * size * 3)
-    return (patches @ vision["patch"] + vision["patch_bias"] + vision["position"]).astype(vision["projector"].dtype)
+    return (patches @ vision["patch"] + vision["patch_bias"] + vision["position"]).astype(
+        numbers(vision["projector"]).dtype
+    )
 
 
 def encode_patches(config: ModelConfig, vision: Weights, x: Array) -> Array:
     """The blocks of the vision tower and its final norm."""
-    x, _ = lax.scan(lambda x, block: (vision_block(config, block, x), None), x, vision["blocks"])
+    layers = jnp.arange(config.vision.depth)
+    x, _ = lax.scan(lambda x, i: (vision_block(config, layer_at(vision["blocks"], i), x), None), x, layers)
     return layer_norm(x, vision["norm_scale"], vision["norm_bias"])
 
 
 def vision_block(config: ModelConfig, block: Weights, x: Array) -> Array:
     normed = layer_norm(x, block["norm1_scale"], block["norm1_bias"])
-    qkv = (normed @ block["qkv"] + block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
+    qkv = (dot(normed, block["qkv"]) + block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    x = x + attend(q, [(k, v, None)]) @ block["out"] + block["out_bias"]
+    x = x + dot(attend(q, [(k, v, None)]), block["out"]) + block["out_bias"]
     normed = layer_norm(x, block["norm2_scale"], block["norm2_bias"])
-    return (
-        x + jax.nn.gelu(normed @ block["fc1"] + block["fc1_bias"], approximate=True) @ block["fc2"] + block["fc2_bias"]
-    )
+    inner = jax.nn.gelu(dot(normed, block["fc1"]) + block["fc1_bias"], approximate=True)
+    return x + dot(inner, block["fc2"]) + block["fc2_bias"]
 
 
 def prefix_forward(
@@ -177,10 +182,9 @@ def prefix_forward(
     def whole_layer(x: Array, i: Array | int) -> tuple[Array, Cache]:
         layer = layer_at(layers, i)
         q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
-        x = x + attend(q, [(k, v, mask)]) @ layer["out"]
+        x = x + dot(attend(q, [(k, v, mask)]), layer["out"])
         return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
 
-    # The layers are indexed, not scanned over, since a slice without the last one would be a copy of the weights.
     last = gemma.depth - 1
     x, cache = lax.scan(whole_layer, x, jnp.arange(last))
     if hidden:
@@ -200,7 +204,7 @@ def velocity(config: ModelConfig, weights: Weights, x: Array, step: Schedule, co
 
 def embed_suffix(weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
     """Suffix tokens (B, n, E) in the compute dtype."""
-    dtype = weights["expert_layers"]["qkv"].dtype
+    dtype = numbers(weights["embedding"]).dtype
     actions = linear(weights, "action_in_proj", x)
     if context.state_token is None:
         return actions.astype(dtype)
@@ -214,16 +218,17 @@ def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedu
     prefix_mask = context.valid[:, None, None, None, :]
     own_mask = suffix_mask(config)
 
-    def layer_step(x: Array, slices: tuple[Weights, Array, Cache]) -> tuple[Array, None]:
-        layer, modulation, prefix = slices
+    def layer_step(x: Array, slices: tuple[Array, Array, Cache]) -> tuple[Array, None]:
+        i, modulation, prefix = slices
+        layer = layer_at(weights["expert_layers"], i)
         factor, shift, gate = modulation[0]
         q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, factor, shift), context.rope)
-        attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)]) @ layer["out"]
-        x = (x + attended * gate).astype(x.dtype)
+        attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)])
+        x = (x + dot(attended, layer["out"]) * gate).astype(x.dtype)
         factor, shift, gate = modulation[1]
         return (x + mlp(layer, rms_norm(x, factor, shift)) * gate).astype(x.dtype), None
 
-    x, _ = lax.scan(layer_step, x, (weights["expert_layers"], step.modulation, context.cache))
+    x, _ = lax.scan(layer_step, x, (jnp.arange(gemma.depth), step.modulation, context.cache))
     factor, shift = step.final_modulation
     return rms_norm(x, factor, shift)
 
@@ -251,7 +256,7 @@ def make_schedule(config: ModelConfig, time_weights: Weights, time_embeddings: A
             scale = norm["scale"]
             plain = jnp.stack([1 + scale, jnp.zeros_like(scale), jnp.ones_like(scale)])
             return jnp.broadcast_to(plain, (steps, 3, width))
-        kernel, bias = norm["kernel"].astype(jnp.float32), norm["bias"].astype(jnp.float32)
+        kernel, bias = (numbers(norm[name]).astype(jnp.float32) for name in ("kernel", "bias"))
         return (cond @ kernel + bias).reshape(steps, 3, width).at[:, 0].add(1)
 
     # One layer at a time: the adaptive norms together are a twentieth of the model, and are widened to float32.
@@ -269,14 +274,14 @@ def condition(time_weights: Weights, time_embeddings: Array) -> Array:
 
 def project_qkv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
     """(B, T, width) to queries (B, T, N, h), keys and values (B, T, K, h), the first two rotated."""
-    heads = (x @ qkv).reshape(*x.shape[:2], -1, gemma.head_dim)
+    heads = dot(x, qkv).reshape(*x.shape[:2], -1, gemma.head_dim)
     rotated = rotate(heads[:, :, : -gemma.num_kv_heads], rope)
     return rotated[:, :, : gemma.num_heads], rotated[:, :, gemma.num_heads :], heads[:, :, -gemma.num_kv_heads :]
 
 
 def project_kv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Array, Array]:
     """What `project_qkv` does, without the queries."""
-    kv = (x @ qkv[:, gemma.num_heads * gemma.head_dim :]).reshape(*x.shape[:2], 2, gemma.num_kv_heads, gemma.head_dim)
+    kv = dot(x, qkv[:, gemma.num_heads * gemma.head_dim :]).reshape(*x.shape[:2], 2, gemma.num_kv_heads, gemma.head_dim)
     return rotate(kv[:, :, 0], rope), kv[:, :, 1]
 
 
@@ -309,8 +314,13 @@ def attend(q: Array, parts: list[tuple[Array, Array, Array | None]]) -> Array:
 
 
 def mlp(layer: Weights, x: Array) -> Array:
-    gate, up = jnp.split(x @ layer["gate_up"], 2, -1)
-    return (jax.nn.gelu(gate, approximate=True) * up) @ layer["down"]
+    gate, up = jnp.split(dot(x, layer["gate_up"]), 2, -1)
+    return dot(jax.nn.gelu(gate, approximate=True) * up, layer["down"])
+
+
+def dot(x: Array, matrix: Array) -> Array:
+    """x times a matrix, accumulated in float32, in the dtype of x. Said so, a CPU does not widen the matrix first."""
+    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:
@@ -346,4 +356,13 @@ def rotate(x: Array, rope: Rope) -> Array:
 
 
 def layer_at(layers: Weights, i: Array | int) -> Weights:
-    return jax.tree.map(lambda stacked: lax.dynamic_index_in_dim(stacked, i, keepdims=False), layers)
+    """One layer of a stack. Loops index the stack: to scan over a part of it would copy that part."""
+    return jax.tree.map(lambda stack: numbers(lax.dynamic_index_in_dim(stack, i, keepdims=False)), layers)
+
+
+def numbers(stored: Array) -> Array:
+    """Weights as numbers, of which a CPU holds bfloat16 ones as their bits, in uint16.
+
+    XLA's CPU compiler cannot index bfloat16: it would first widen whole stacks of layers, and the embedding table.
+    """
+    return lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored

@@ -52,6 +52,8 @@ def read_weights(config: ModelConfig, source: TensorSource, dtype: np.dtype, dev
         slot.pack(packed, *map(source.read, slot.leaves))
         for leaf in slot.leaves:
             source.release(leaf)
+        if device.platform == "cpu" and packed.dtype == ml_dtypes.bfloat16:
+            packed = packed.view(np.uint16)  # `model.numbers` says why
         place(weights, slot.path, jax.device_put(packed, device).block_until_ready())
     return weights
 
