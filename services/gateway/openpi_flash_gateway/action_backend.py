@@ -135,6 +135,8 @@ class ActionBackend:
                 problem = "the action service ended the health watch"
             except grpc.aio.AioRpcError as error:
                 problem = f"the action service is out of reach ({error.code().name}: {error.details()})"
+            except ServiceError as error:
+                problem = f"the action service does not describe itself ({error.code.name}: {error.message})"
             self._set_ready(problem, on_change)
             await asyncio.sleep(_RETRY_DELAYS_S[min(failures, len(_RETRY_DELAYS_S) - 1)])
             failures += 1

@@ -13,7 +13,7 @@ from openpi_flash.v1 import action_pb2_grpc, inference_pb2, types_pb2
 from openpi_flash_common.codec import tensor_to_proto
 from openpi_flash_common.errors import InvalidArgumentError, error_to_proto
 from openpi_flash_common.grpc_server import GrpcServer
-from openpi_flash_common.settings import EngineSettings, TelemetrySettings
+from openpi_flash_common.settings import AuthSettings, EngineSettings, TelemetrySettings, TlsSettings
 from openpi_flash_common.telemetry import setup
 
 from openpi_flash_gateway.action_backend import SERVICE
@@ -26,7 +26,8 @@ class FakeActionService(action_pb2_grpc.ActionServiceServicer):
     """Answers ACTIONS plus the seed. Prompts with a meaning: `slow` (waits for `release`), `big` (2 MB of actions),
     `refuse`, `die` and `die once` (the stream ends without an answer)."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsSettings | None = None, auth: AuthSettings | None = None) -> None:
+        self._secured: dict[str, Any] = {"tls": tls, "auth": auth}
         self.received: list[inference_pb2.InferStreamRequest] = []
         self._arrival = asyncio.Condition()
         self.resets: list[str] = []
@@ -43,7 +44,7 @@ class FakeActionService(action_pb2_grpc.ActionServiceServicer):
     async def start(self) -> None:
         telemetry = setup(TelemetrySettings(), "action")
         register = {SERVICE: lambda server: action_pb2_grpc.add_ActionServiceServicer_to_server(self, server)}
-        self.server = GrpcServer(register, [f"127.0.0.1:{self.port}"], telemetry, drain_seconds=1)
+        self.server = GrpcServer(register, [f"127.0.0.1:{self.port}"], telemetry, drain_seconds=1, **self._secured)
         await self.server.start()
         self.port = self.server.ports[0]
         self._running = asyncio.ensure_future(self.server.run_until_stopped())

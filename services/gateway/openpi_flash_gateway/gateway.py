@@ -62,11 +62,16 @@ class Gateway:
 
     async def run_until_stopped(self) -> None:
         """Serves until SIGTERM, SIGINT or `stop`, then finishes what runs."""
-        watch = asyncio.ensure_future(self._action.watch(self._on_change))
-        await asyncio.gather(self.server.run_until_stopped(), self._drain_websocket())
-        watch.cancel()
-        await self._action.close()
-        self._telemetry.shutdown()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(self._action.watch(self._on_change))
+                drain = tasks.create_task(self._drain_websocket())
+                await self.server.run_until_stopped()
+                await drain
+                watch.cancel()
+        finally:
+            await self._action.close()
+            self._telemetry.shutdown()
 
     def stop(self) -> None:
         """Makes `run_until_stopped` stop the gateway and return."""
