@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ import openpi_flash_client
 from openpi_flash_client import GrpcPolicy
 
 ACTIONS = np.arange(6.0).reshape(2, 3)
+CERTIFICATES = Path(__file__).parents[3] / "tests/data/tls"
 
 
 class FakeServer(policy_pb2_grpc.PolicyServiceServicer):
@@ -28,10 +30,14 @@ class FakeServer(policy_pb2_grpc.PolicyServiceServicer):
         self.port = 0
         self._server: Any = None
 
-    def start(self) -> None:
+    def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        address = f"127.0.0.1:{self.port}"
+        if credentials:
+            self.port = self._server.add_secure_port(address, credentials)
+        else:
+            self.port = self._server.add_insecure_port(address)
         self._server.start()
 
     def stop(self) -> None:
@@ -315,6 +321,23 @@ def test_a_closed_policy_says_so_and_leaves_no_threads(server):
 def test_options_that_contradict_each_other(options, problem):
     with pytest.raises(ValueError, match=problem):
         GrpcPolicy(**options)
+
+
+def test_certificates_are_checked_both_ways():
+    def read(name: str) -> bytes:
+        return (CERTIFICATES / name).read_bytes()
+
+    pair = (read("server.key"), read("server.pem"))
+    server = FakeServer()
+    server.start(grpc.ssl_server_credentials([pair], read("ca.pem"), require_client_auth=True))
+    ca, ours = {"ca_file": CERTIFICATES / "ca.pem"}, {"client_cert_file": CERTIFICATES / "client.pem"}
+    ours["client_key_file"] = CERTIFICATES / "client.key"
+    with GrpcPolicy("127.0.0.1", server.port, **ca, **ours) as policy:
+        np.testing.assert_array_equal(policy.infer({}, seed=1)["actions"], ACTIONS + 1)
+    for options in (ca, ours, {}):  # no certificate of ours; a server signed by nobody we know; plain text
+        with pytest.raises(openpi_flash_client.UnavailableError, match="no ready server"):
+            GrpcPolicy("127.0.0.1", server.port, connect_timeout_s=0.3, **options)
+    server.stop()
 
 
 def test_plain_text_leaves_this_machine_only_when_told(server, monkeypatch):

@@ -3,6 +3,9 @@
 A failed request is answered with a text frame, `CODE: what was wrong`, which openpi's clients raise as an error. After
 that the connection is closed with 1011, as openpi does, unless the fault is one that passes (too much load, out of
 time, backend away): openpi's client cannot reconnect, so then the connection stays.
+
+A client may come before the backends are warm: it gets its metadata when they are, and until then `/healthz` says 503
+and why. `prev_total_ms` runs from a request's arrival until its reply is sent; the robot's own pause is not in it.
 """
 
 import asyncio
@@ -42,7 +45,7 @@ _OPEN_TIMEOUT_S = 10.0
 _SEND_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
 _WAITING_FRAMES = 2  # observations that a client which does not wait for replies may have in memory
-_CONNECTIONS_PER_REQUEST = 4
+_CONNECTIONS_PER_REQUEST = 4  # robots that may be connected, for each request that may be in flight
 
 logger = logging.getLogger(__name__)
 # Its errors are failed handshakes, port scanners' for example, with a traceback each.
