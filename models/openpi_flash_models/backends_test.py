@@ -52,6 +52,10 @@ def with_changes(config, request, *, prompt_bucket=None, **changes):
     return dataclasses.replace(request, shape_key=key)
 
 
+def open_source(name, path):
+    return open_torch_source(path) if name == "torch" else open_jax_source(path / "checkpoint")
+
+
 def run(backend, *requests):
     return backend.sample_actions(assemble(requests))
 
@@ -199,7 +203,7 @@ class Poisoned:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_nothing_of_the_source_outlives_its_release(name, precision):
     model = golden("pi0_a")
-    source = Poisoned(open_torch_source(model.path) if name == "torch" else open_jax_source(model.path / "checkpoint"))
+    source = Poisoned(open_source(name, model.path))
     backend = LOADERS[name](model.config, source, device="cpu", precision=precision)
     expected = model.load(name, precision)
     np.testing.assert_array_equal(run(backend, request_of("pi0_a")), run(expected, request_of("pi0_a")))
@@ -211,11 +215,17 @@ def test_nothing_of_the_source_outlives_its_release(name, precision):
 def test_a_checkpoint_of_another_size_is_refused(name):
     model = golden("pi05_a")
     config = dataclasses.replace(model.config, action_dim=8)
-    source = open_torch_source(model.path) if name == "torch" else open_jax_source(model.path / "checkpoint")
+    source = open_source(name, model.path)
     with pytest.raises(CheckpointError, match=r"action_in_proj.*shape"):
         LOADERS[name](config, source, device="cpu")
 
 
-def test_an_unknown_precision_is_refused(name):
-    with pytest.raises(PolicyConfigError, match=r"precision: 'int4'.*bfloat16, float32"):
-        golden("pi0_a").load(name, precision="int4")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("precision", "int4", r"precision: 'int4'.*bfloat16, float32"), ("device", "abacus", "device: 'abacus'")],
+)
+def test_an_unknown_option_is_refused(name, option, value, message):
+    model = golden("pi0_a")
+    source = open_source(name, model.path)
+    with pytest.raises(PolicyConfigError, match=message):
+        LOADERS[name](model.config, source, **{option: value})

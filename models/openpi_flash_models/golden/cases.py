@@ -1,7 +1,8 @@
 """Model cases (`caseN.npz`): actions, and every quantity on the way to them, in both backends and between them.
 
 openpi's rows carry masked cameras and padded prompts. Ours drop both, so what has a row per prefix token is compared at
-openpi's valid positions.
+openpi's valid positions. The usual number of steps runs with the prompt padded as a policy pads it, all else with the
+prompt padded to the model's limit.
 """
 
 import importlib
@@ -24,9 +25,6 @@ BETWEEN_BACKENDS = 2e-5
 INTERMEDIATES = 1e-4
 EMBEDDING_ROUNDING = 1e-7
 FEW_STEPS = 4
-
-CONFIRMED_BY_OTHERS = ("prefix_mask", "prefix_positions", "suffix_attn_mask", "suffix_positions")
-"""Stored beside the numbers, but nowhere whole in our models, which drop padding: a slip shows in keys and outputs."""
 
 Case = dict[str, np.ndarray]
 
@@ -58,8 +56,8 @@ def check_actions(model: GoldenModel, case: Case, row: int, where: str) -> Itera
     expected = [("actions_torch", usual, ACTIONS_TORCH), ("actions", usual, ACTIONS_JAX)]
     expected.append((f"actions_{FEW_STEPS}steps", FEW_STEPS, ACTIONS_JAX))
     actions: dict[int, list[np.ndarray]] = {}
-    for num_steps in (usual, FEW_STEPS):
-        batch = assemble([prepared_request(model.config, case, row, num_steps)])
+    for num_steps, bucket in ((usual, None), (FEW_STEPS, model.config.max_token_len)):
+        batch = assemble([prepared_request(model.config, case, row, num_steps, bucket)])
         actions[num_steps] = [backend.sample_actions(batch)[0] for backend in model.backends.values()]
         if len(model.backends) == 2:
             value = largest_difference(*actions[num_steps])
@@ -70,24 +68,27 @@ def check_actions(model: GoldenModel, case: Case, row: int, where: str) -> Itera
 
 
 def check_intermediates(backend: Backend, case: Case, row: int, where: str) -> Iterator[Difference]:
-    """All that openpi's JAX stored on the way to the actions, ours being given its time embeddings."""
+    """All that openpi's JAX stored on the way to the actions, ours being given its time embeddings.
+
+    Arrays of other names than ours are passed over.
+    """
     trace = importlib.import_module(f"openpi_flash_models.{backend.name}.intermediates").intermediates
-    batch = assemble([prepared_request(backend.config, case, row, len(case["timesteps"]))])
+    config = backend.config
+    batch = assemble([prepared_request(config, case, row, len(case["timesteps"]), config.max_token_len)])
     found: dict[str, np.ndarray] = trace(backend, batch, case["time_embedding_f32"])
     for quantity, stored in case.items():
-        if quantity.startswith(("in_", "actions", "time")) or quantity in CONFIRMED_BY_OTHERS:
-            continue
-        expected = stored[row]
         if match := re.fullmatch(r"vit_base_(\w+)", quantity):
             if not case[f"in_image_mask_{CAMERAS[0]}"][row]:
                 continue
-            actual = found[f"vit_{match[1]}"][0, 0]
+            actual, expected = found[f"vit_{match[1]}"][0, 0], stored[row]
         elif match := re.fullmatch(r"(prefix_[kv])_layer(\d+)", quantity):
-            actual, expected = at_valid(case, row, found[match[1]][int(match[2]), 0], expected)
+            actual, expected = at_valid(case, row, found[match[1]][int(match[2]), 0], stored[row])
         elif match := re.fullmatch(r"(prefix_(?:embeds|out))(?:_every(\d+))?", quantity):
-            actual, expected = at_valid(case, row, found[match[1]][0], expected, stride=int(match[2] or 1))
+            actual, expected = at_valid(case, row, found[match[1]][0], stored[row], stride=int(match[2] or 1))
+        elif quantity in found:
+            actual, expected = found[quantity][0], stored[row]
         else:
-            actual = found[quantity][0]
+            continue
         yield Difference(quantity, backend.name, where, largest_difference(actual, expected), INTERMEDIATES)
 
 
@@ -105,8 +106,10 @@ def read_case(path: Path) -> Case:
         return dict(file)
 
 
-def prepared_request(config: ModelConfig, case: Case, row: int, num_steps: int) -> PreparedRequest:
-    """One row as our policies would hand it to a model."""
+def prepared_request(
+    config: ModelConfig, case: Case, row: int, num_steps: int, prompt_bucket: int | None = None
+) -> PreparedRequest:
+    """One row as our policies would hand it to a model, or with the prompt padded further."""
     is_valid = np.array([case[f"in_image_mask_{camera}"][row] for camera in CAMERAS])
     images = np.stack([case[f"in_image_{camera}"][row] for camera in CAMERAS])[is_valid]
     tokens = case["in_tokens"][row][case["in_token_mask"][row]]
@@ -116,6 +119,8 @@ def prepared_request(config: ModelConfig, case: Case, row: int, num_steps: int) 
         state=case["in_state"][row],
         noise=case["in_noise"][row],
         num_steps=num_steps,
-        shape_key=ShapeKey(len(images), str(images.dtype), config.prompt_bucket(len(tokens)), num_steps),
+        shape_key=ShapeKey(
+            len(images), str(images.dtype), prompt_bucket or config.prompt_bucket(len(tokens)), num_steps
+        ),
         deterministic=True,
     )

@@ -39,11 +39,14 @@ def load(
 
     Raises:
         CheckpointError: a leaf is missing or misshaped.
-        PolicyConfigError: an unknown precision.
+        PolicyConfigError: an unknown precision, or a device that is not there.
     """
     if precision not in PRECISIONS:
         raise PolicyConfigError(f"precision: {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
-    chosen = jax.devices(device)[0]
+    try:
+        chosen = jax.devices(device)[0]
+    except RuntimeError as error:
+        raise PolicyConfigError(f"device: {device!r} is none that JAX can use here: {error}") from error
     weights = read_weights(config, source, np.dtype(PRECISIONS[precision]), chosen)
     return JaxBackend(config, weights, chosen, num_steps=num_steps)
 

@@ -138,9 +138,8 @@ def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
     views, height, width, _ = images.shape
     patches = images.reshape(views, height // size, size, width // size, size, 3).swapaxes(2, 3)
     patches = patches.reshape(views, -1, size * size * 3)
-    return (patches @ vision["patch"] + vision["patch_bias"] + vision["position"]).astype(
-        numbers(vision["projector"]).dtype
-    )
+    embedded = patches @ vision["patch"] + vision["patch_bias"] + vision["position"]
+    return embedded.astype(numbers(vision["projector"]).dtype)
 
 
 def encode_patches(config: ModelConfig, vision: Weights, x: Array) -> Array:

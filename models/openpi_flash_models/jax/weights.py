@@ -23,6 +23,8 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import GemmaConfig, ModelConfig
 from openpi_flash_models.jax.model import Weights
 
+FLOAT32 = np.dtype(np.float32)
+
 
 class Slot(NamedTuple):
     """One array of the model.
@@ -70,9 +72,6 @@ def adaptive_dtype(config: ModelConfig, source: TensorSource) -> np.dtype:
     """How to keep pi0.5's adaptive norms: they are widened when used, so that bfloat16 as stored loses nothing."""
     kept = np.dtype(ml_dtypes.bfloat16)
     return kept if config.is_pi05 and source.dtype(f"{JAX_LLM}final_norm_1/Dense_0/kernel") == kept else FLOAT32
-
-
-FLOAT32 = np.dtype(np.float32)
 
 
 def slots(config: ModelConfig, adaptive_dtype: np.dtype) -> Iterator[Slot]:

@@ -45,7 +45,7 @@ def load(
 
     Raises:
         CheckpointError: a tensor is missing or misshaped.
-        PolicyConfigError: an unknown precision or compile mode.
+        PolicyConfigError: an unknown precision or compile mode, or a device that is not there.
     """
     if precision not in PRECISIONS:
         raise PolicyConfigError(f"precision: {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
@@ -53,6 +53,10 @@ def load(
         raise PolicyConfigError(
             f"compile_mode: {compile_mode!r} is unknown; expected one of {', '.join(COMPILE_MODES)}"
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PolicyConfigError(f"device: {device!r} is none that PyTorch can use here: {error}") from error
     model = read_model(config, source, PRECISIONS[precision], device)
     return TorchBackend(model, device, compile_mode=compile_mode, num_steps=num_steps)
 

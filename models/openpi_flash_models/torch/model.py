@@ -72,15 +72,15 @@ class Context(NamedTuple):
 
 
 class Pi0(nn.Module):
-    """A pi0 or pi0.5 model. Build it on the meta device, then `to_empty`, then fill it (backend.py)."""
+    """A pi0 or pi0.5 model. Build it on the meta device, then `to_empty`, then fill it (weights.py)."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, stored_time_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, adaptive_dtype: torch.dtype = torch.float32) -> None:
         """Allocates parameters on the current default device.
 
         Args:
             config: sizes.
             dtype: compute dtype, bfloat16 or float32.
-            stored_time_dtype: how pi0.5's adaptive norms are kept. They only serve to compute a schedule, in float32.
+            adaptive_dtype: how pi0.5's adaptive norms are kept. They only serve to compute a schedule, in float32.
         """
         super().__init__()
         self.config = config
@@ -98,8 +98,8 @@ class Pi0(nn.Module):
         if config.is_pi05:
             self.time_mlp_in = nn.Linear(width, width)
             self.time_mlp_out = nn.Linear(width, width)
-            self.adaptive_weight = parameter(2 * config.expert.depth + 1, 3 * width, width, dtype=stored_time_dtype)
-            self.adaptive_bias = parameter(2 * config.expert.depth + 1, 3 * width, dtype=stored_time_dtype)
+            self.adaptive_weight = parameter(2 * config.expert.depth + 1, 3 * width, width, dtype=adaptive_dtype)
+            self.adaptive_bias = parameter(2 * config.expert.depth + 1, 3 * width, dtype=adaptive_dtype)
         else:
             self.state_proj = nn.Linear(config.action_dim, width)
             self.action_time_mlp_in = nn.Linear(2 * width, width)
