@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -20,7 +20,7 @@ from openpi_flash_common.errors import (
     error_from_proto,
     from_rpc_error,
 )
-from openpi_flash_common.settings import EngineSettings
+from openpi_flash_common.settings import EngineSettings, SettingsError
 from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 
 from openpi_flash_gateway import wire
@@ -43,6 +43,11 @@ class ActionBackend:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        """Connects when it is first used.
+
+        Raises:
+            SettingsError: no address is configured, or a certificate or key cannot be read.
+        """
         gateway = settings.gateway
         self._max_in_flight = gateway.max_in_flight
         self._channel = _channel(settings)
@@ -120,24 +125,28 @@ class ActionBackend:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
-    async def watch(self, on_change: Callable[[bool], None]) -> None:
+    async def watch(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
         """Follows the action service's health until cancelled; says when it becomes ready (True) or unready (False)."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
         failures = 0
         while True:
+            health = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
             try:
-                async for status in self._health():
-                    if status == health_pb2.HealthCheckResponse.SERVING:
+                async for update in health:
+                    if update.status == health_pb2.HealthCheckResponse.SERVING:
                         failures = 0
                         await self._load_metadata()
-                        self._set_ready("", on_change)
+                        await self._set_ready("", on_change)
                     else:
-                        self._set_ready("the action service is not serving yet; it may be warming up", on_change)
+                        await self._set_ready("the action service is not serving; it may be warming up", on_change)
                 problem = "the action service ended the health watch"
             except grpc.aio.AioRpcError as error:
                 problem = f"the action service is out of reach ({error.code().name}: {error.details()})"
             except ServiceError as error:
                 problem = f"the action service does not describe itself ({error.code.name}: {error.message})"
-            self._set_ready(problem, on_change)
+            finally:
+                health.cancel()
+            await self._set_ready(problem, on_change)
             await asyncio.sleep(_RETRY_DELAYS_S[min(failures, len(_RETRY_DELAYS_S) - 1)])
             failures += 1
 
@@ -184,27 +193,22 @@ class ActionBackend:
     def _open(self) -> Any:
         return self._stream_method(metadata=self._call_metadata)
 
-    async def _health(self) -> AsyncIterator[int]:
-        stub = health_pb2_grpc.HealthStub(self._channel)
-        async for update in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE)):
-            yield update.status
-
     async def _load_metadata(self) -> None:
         request = inference_pb2.GetMetadataRequest().SerializeToString()
         answer = await self.call("GetMetadata", request, time.monotonic() + _METADATA_TIMEOUT_S)
         self.metadata = inference_pb2.GetMetadataResponse.FromString(answer)
 
-    def _set_ready(self, problem: str, on_change: Callable[[bool], None]) -> None:
+    async def _set_ready(self, problem: str, on_change: Callable[[bool], Awaitable[None]]) -> None:
         if problem == self._not_ready_reason:
             return
         was_ready, self._not_ready_reason = not self._not_ready_reason, problem
         if problem:
-            logger.warning("%s", problem)
+            logger.log(logging.WARNING if was_ready else logging.INFO, "%s", problem)
             self._ready.clear()
         else:
             self._ready.set()
         if was_ready or not problem:
-            on_change(not problem)
+            await on_change(not problem)
 
 
 class _NoAnswerError(Exception):
@@ -240,10 +244,9 @@ def _channel(settings: EngineSettings) -> grpc.aio.Channel:
     ]
     if gateway.action_ca_file is None:
         return grpc.aio.insecure_channel(address, options)
-    key, certificate = gateway.action_client_key_file, gateway.action_client_cert_file
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=gateway.action_ca_file.read_bytes(),
-        private_key=key.read_bytes() if key else None,
-        certificate_chain=certificate.read_bytes() if certificate else None,
-    )
-    return grpc.aio.secure_channel(address, credentials, options)
+    files = (gateway.action_ca_file, gateway.action_client_key_file, gateway.action_client_cert_file)
+    try:
+        ca, key, certificate = (file.read_bytes() if file is not None else None for file in files)
+    except OSError as error:
+        raise SettingsError(f"gateway.action_…_file: {error.filename}: {error.strerror}") from error
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options)

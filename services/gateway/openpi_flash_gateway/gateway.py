@@ -30,7 +30,7 @@ class Gateway:
         """Describes a gateway; nothing listens yet.
 
         Raises:
-            SettingsError: there is no action service to talk to.
+            SettingsError: there is no action service to talk to, or a file cannot be read.
         """
         if settings.planner is not None:
             logger.warning("the section `planner` is configured, but this gateway does not use a planner yet")
@@ -48,7 +48,6 @@ class Gateway:
             max_message_bytes=gateway.max_message_bytes,
         )
         self._websocket = WebSocketServer(settings, self.policy, self._telemetry)
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listens. The gateway says NOT_SERVING until the action service serves.
@@ -56,9 +55,9 @@ class Gateway:
         Raises:
             SettingsError: an address cannot be bound, or a certificate cannot be read.
         """
-        await self.server.start()
         self.websocket_port = await self._websocket.start()
         logger.info("listening for WebSockets", extra={"port": self.websocket_port})
+        await self.server.start()
 
     async def run_until_stopped(self) -> None:
         """Serves until SIGTERM, SIGINT or `stop`, then finishes what runs."""
@@ -77,12 +76,10 @@ class Gateway:
         """Makes `run_until_stopped` stop the gateway and return."""
         self.server.stop()
 
-    def _on_change(self, ready: bool) -> None:
+    async def _on_change(self, ready: bool) -> None:
+        await self.server.set_serving(ready)
         if ready:
             logger.info("Service ready (mode=%s, slots=[%s])", "action_only", "action")
-        task = asyncio.ensure_future(self.server.set_serving(ready))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _drain_websocket(self) -> None:
         await self.server.wait_stopping()
