@@ -24,6 +24,8 @@ from openpi_flash_cli.tiny import TinyPolicy, make_tiny_policy
 from openpi_flash_client import GrpcPolicy
 
 HERE = Path(__file__).parent
+STOCK_PYTHON = HERE.parent / ".cache/openpi-client-env/bin/python"
+"""Interpreter of an environment with openpi-client and nothing of openpi-flash; `make bench-overhead` makes it."""
 CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 TARGET_GRPC_P50_MS = 2.5
 

@@ -1,25 +1,34 @@
-"""Writes a random pi0.5 in bfloat16 at full size, converts it, and runs it on the CPU with each backend.
+"""Writes a random pi0.5 in bfloat16 at full size, converts it, and serves it on the CPU with each backend.
 
-Each stage is a process of its own, so that its peak memory is its own. Prints time and peak memory of each stage, and
-fails when a backend needs more than MAX_RATIO times the weights, or when the two disagree. Linux only.
+Each stage is a process of its own, so that its peak memory is its own; that of a backend is the action service's, less
+what the same service needs for a tiny policy. Prints time and peak memory of each stage, and fails when a backend needs
+more than MAX_RATIO times the weights, or when the two disagree. Linux only.
 """
 
 import argparse
 import dataclasses
-import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import grpc
 import numpy as np
-from openpi_flash_models.checkpoints.check import random_batch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from openpi_flash.v1 import action_pb2_grpc, inference_pb2
+from openpi_flash_cli.demo import free_ports
+from openpi_flash_cli.scene import camera_picture
+from openpi_flash_cli.tiny import ASSETS, make_tiny_policy
+from openpi_flash_common.codec import tensor_from_proto, tensor_to_proto
 from openpi_flash_models.checkpoints.convert import convert
 from openpi_flash_models.checkpoints.detect import detect
 from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
 
 SIZES = {
     "full": ModelConfig(),
@@ -34,24 +43,22 @@ SIZES = {
 MAX_RATIO = 1.15
 MIN_COSINE = 0.999
 STAGES = ("write", "convert", "jax", "torch")
+READY_TIMEOUT_S = 3600.0
+POLICY_NAME = "pi05_droid_random"
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One stage. Memory is resident bytes beyond those of the interpreter with its imports done.
+    """One stage.
 
     Attributes:
-        work_s: writing, converting, or loading.
-        work_bytes: peak of that.
-        peak_bytes: peak of all, an answer included.
-        first_s: first answer, compilation included.
-        answer_s: second answer.
+        work_s: writing, converting, or from the start of the service until it is warm.
+        peak_bytes: most resident memory beyond what the process needs without the weights.
+        answer_s: one answer of the warm service.
     """
 
     work_s: float
-    work_bytes: int
     peak_bytes: int
-    first_s: float | None = None
     answer_s: float | None = None
 
 
@@ -60,7 +67,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--dir", type=Path, help="where to write, and to find what an earlier run wrote")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--in-this-process", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--in-this-process", choices=STAGES[:2], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.in_this_process:
         measured = run_stage(arguments.in_this_process, SIZES[arguments.size], arguments.dir)
@@ -72,29 +79,30 @@ def main() -> int:
 
 
 def run_stages(stages: list[str], size: str, directory: Path) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Measured] = {}
-    print(
-        f"{'stage':8} {'work s':>8} {'peak GB':>8} {'ratio':>6} {'1st answer s':>15} {'2nd':>9} {'ratio with both':>19}"
-    )
+    print(f"{'stage':8} {'s':>8} {'peak GB':>8} {'/ weights':>9} {'answer s':>9}")
     for stage in stages:
         done = {"write": directory / "jax", "convert": directory / "torch"}.get(stage)
         if done is not None and done.exists():
             print(f"{stage:8} found in {done}")
             continue
-        command = [sys.executable, __file__, "--size", size, "--dir", str(directory), "--in-this-process", stage]
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        result = measured[stage] = Measured(**json.loads(run.stdout.splitlines()[-1]))
-        weights = weight_bytes(directory)
-        line = f"{stage:8} {result.work_s:8.1f} {result.work_bytes / 1e9:8.2f} {result.work_bytes / weights:6.3f}"
-        if result.first_s is not None:
-            line += f" {result.first_s:15.1f} {result.answer_s:9.1f} {result.peak_bytes / weights:19.3f}"
-        print(line, flush=True)
+        if stage in ("jax", "torch"):
+            result = serve_and_answer(stage, SIZES[size], directory)
+        else:
+            command = [sys.executable, __file__, "--size", size, "--dir", str(directory), "--in-this-process", stage]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = Measured(**json.loads(run.stdout.splitlines()[-1]))
+        measured[stage] = result
+        ratio = result.peak_bytes / weight_bytes(directory)
+        answer = "" if result.answer_s is None else f"{result.answer_s:9.1f}"
+        print(f"{stage:8} {result.work_s:8.1f} {result.peak_bytes / 1e9:8.2f} {ratio:9.3f} {answer}", flush=True)
     weights = weight_bytes(directory)
     print(f"weights: {weights / 1e9:.3f} GB")
     problems = [
         f"{stage}: {result.peak_bytes / weights:.3f} times the weights, at most {MAX_RATIO} expected"
         for stage, result in measured.items()
-        if result.first_s is not None and result.peak_bytes > MAX_RATIO * weights
+        if result.answer_s is not None and result.peak_bytes > MAX_RATIO * weights
     ]
     answers = [directory / f"{backend}.npy" for backend in ("jax", "torch")]
     if all(path.exists() for path in answers):
@@ -108,40 +116,92 @@ def run_stages(stages: list[str], size: str, directory: Path) -> int:
 
 
 def run_stage(stage: str, config: ModelConfig, directory: Path) -> Measured:
-    if stage in ("jax", "torch"):
-        return load_and_answer(stage, config, directory)
-    baseline = resident_peak_bytes()
+    baseline = peak_bytes("self")
     started = time.perf_counter()
     if stage == "write":
-        make_checkpoint(directory / "jax", config, asset_ids={"droid": (8, 8)})
+        make_checkpoint(directory / "jax", config, asset_ids=ASSETS["droid"])
     else:
         convert(directory / "jax", directory / "torch", config)
-    work_s = time.perf_counter() - started
-    peak = resident_peak_bytes() - baseline
-    return Measured(work_s, peak, peak)
+    return Measured(time.perf_counter() - started, peak_bytes("self") - baseline)
 
 
-def load_and_answer(backend: str, config: ModelConfig, directory: Path) -> Measured:
-    module = importlib.import_module(f"openpi_flash_models.{backend}.backend")
-    batch = random_batch(config, seed=0)
-    baseline = resident_peak_bytes()
-    started = time.perf_counter()
-    source = detect(directory / backend).open()
-    loaded = module.load(config, source, device="cpu")
-    source.close()
-    work_s, work_bytes = time.perf_counter() - started, resident_peak_bytes() - baseline
-    times_s = []
-    for _ in range(2):
-        started = time.perf_counter()
-        actions = loaded.sample_actions(batch)
-        times_s.append(time.perf_counter() - started)
+def serve_and_answer(backend: str, config: ModelConfig, directory: Path) -> Measured:
+    tiny_dir = directory / "tiny"
+    if not tiny_dir.exists():
+        for layout in ("jax", "torch"):
+            make_tiny_policy(tiny_dir, layout=layout)
+    policy_file = directory / "policy.json"
+    fields = {"extends": "pi05_droid", "name": POLICY_NAME, "model": model_fields(config)}
+    policy_file.write_text(json.dumps({**fields, "tokenizer": str(tiny_dir / "tokenizer.model")}))
+    without, _ = measure_service(tiny_dir / "pi05_droid_tiny.json", tiny_dir / f"pi05_droid_tiny_{backend}")
+    measured, actions = measure_service(policy_file, directory / backend)
     np.save(directory / f"{backend}.npy", actions)
-    return Measured(work_s, work_bytes, resident_peak_bytes() - baseline, *times_s)
+    return dataclasses.replace(measured, peak_bytes=measured.peak_bytes - without.peak_bytes)
 
 
-def resident_peak_bytes() -> int:
-    """Most memory that this process ever had resident (getrusage would count its parent's before exec, too)."""
-    status = Path("/proc/self/status").read_text()
+def measure_service(policy_file: Path, checkpoint_dir: Path) -> tuple[Measured, np.ndarray]:
+    """Starts the action service, waits until it is warm and asks it once."""
+    (port,) = free_ports(1)
+    action = {
+        "model_config_name": str(policy_file),
+        "checkpoint_dir": str(checkpoint_dir),
+        "device": "cpu",
+        "max_batch_size": 1,
+        "warm_up": {"prompt_buckets": [64]},
+        "grpc_port": port,
+    }
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "openpi_flash_action"]
+    with subprocess.Popen(command, env={**os.environ, "OPENPI_ACTION": json.dumps(action)}) as process:
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                wait_serving(channel, process)
+                ready_s = time.perf_counter() - started
+                asked = time.perf_counter()
+                answer = action_pb2_grpc.ActionServiceStub(channel).Infer(droid_request(), timeout=READY_TIMEOUT_S)
+                answer_s = time.perf_counter() - asked
+            return Measured(ready_s, peak_bytes(process.pid), answer_s), tensor_from_proto(
+                answer.tensors["actions"], "actions"
+            )
+        finally:
+            process.terminate()
+
+
+def wait_serving(channel: grpc.Channel, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    health = health_pb2_grpc.HealthStub(channel)
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == SERVING:
+                return
+        except grpc.RpcError:
+            pass  # not listening yet
+        time.sleep(0.2)
+    raise RuntimeError("the action service did not become ready")
+
+
+def droid_request() -> inference_pb2.InferRequest:
+    arrays = {
+        "observation/exterior_image_1_left": camera_picture(0, 0, height=224, width=224),
+        "observation/wrist_image_left": camera_picture(1, 0, height=224, width=224),
+        "observation/joint_position": np.linspace(-0.5, 0.5, 7),
+        "observation/gripper_position": np.array([0.25]),
+    }
+    request = inference_pb2.InferRequest(seed=0)
+    request.observation.prompt = "put the red block into the bowl"
+    for name, array in arrays.items():
+        request.observation.tensors[name].CopyFrom(tensor_to_proto(array))
+    return request
+
+
+def model_fields(config: ModelConfig) -> dict[str, object]:
+    fields = dataclasses.asdict(config)
+    return {name: fields[name] for name in ("vision", "vlm", "expert", "vocab_size", "action_horizon")}
+
+
+def peak_bytes(pid: int | str) -> int:
+    """Most memory that a process ever had resident (getrusage would count its parent's before exec, too)."""
+    status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
