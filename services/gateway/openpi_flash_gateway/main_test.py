@@ -48,14 +48,10 @@ def test_settings_that_cannot_be_used(tmp_path, changes, problem):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize(
-    ("section", "field"), [("gateway", "grpc_port"), ("action_transport", "websocket_port")]
-)
+@pytest.mark.parametrize(("section", "field"), [("gateway", "grpc_port"), ("action_transport", "websocket_port")])
 def test_a_port_that_is_taken(tmp_path, section, field):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-            listener
-        ]
         process = start(tmp_path, **{section: {field: port}})
         _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_CONFIG
