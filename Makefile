@@ -30,10 +30,17 @@ endef
 .venv/.dev: requirements/dev.txt requirements/build.txt $(SOURCES) | $(filter .cache/%,$(UV))
 	$(call install,dev)
 
+# openpi's own client, unmodified, in an environment of its own: it needs an older numpy than ours.
+STOCK_CLIENT := .cache/openpi-client-env/.done
+$(STOCK_CLIENT): requirements/openpi-client.txt | $(filter .cache/%,$(UV))
+	$(UV) venv --quiet --clear --python '>=3.10,<3.13' $(@D)
+	$(UV) pip install --quiet --python $(@D) -r $<
+	@touch $@
+
 demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like pictures (no GPU, no PyTorch)
 	.venv/bin/openpi-flash demo
 
-test: .venv/.dev ## All tests
+test: .venv/.dev $(STOCK_CLIENT) ## All tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
 lint: .venv/.dev ## ruff, mypy, buf
@@ -60,8 +67,8 @@ golden: .venv/.dev ## Compare both backends with openpi's own numbers in DIR
 smoke-full-size: .venv/.dev ## Write, load and serve a full-size random pi0.5 on the CPU (27 GB of disk, minutes)
 	$(PY) benchmarks/smoke_full_size.py
 
-bench-overhead: .venv/.dev ## Time outside the model, beside openpi's own arrangement
-	$(PY) benchmarks/overhead.py
+bench-overhead: .venv/.dev $(STOCK_CLIENT) ## Time outside the model, beside openpi's own arrangement
+	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py
 
 OUT ?= build/stubs
 stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT

@@ -1,9 +1,6 @@
 """The stock openpi-client, unmodified in an environment of its own, against the running engine."""
 
-import fcntl
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,27 +14,12 @@ from openpi_flash_models.policy_configs import load_policy_config
 
 from tests.support import Engine
 
-ROOT = Path(__file__).parents[2]
-REQUIREMENTS = Path(__file__).with_name("openpi-client.txt")
-
 
 @pytest.fixture(scope="session")
 def stock_python() -> Path:
-    """The interpreter of an environment with openpi-client and nothing of openpi-flash; made once, below .cache."""
-    directory = ROOT / ".cache/openpi-client-env"
-    directory.mkdir(parents=True, exist_ok=True)
-    python, done = directory / "bin/python", directory / "requirements.txt"
-    with (directory.parent / "openpi-client-env.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists() or done.read_text() != REQUIREMENTS.read_text():
-            uv = shutil.which("uv", path=f"{ROOT / '.cache/uv/bin'}:{os.environ['PATH']}")
-            assert uv, "uv makes the environment of openpi-client; `make test` installs it"
-            for command in (
-                [uv, "venv", "--clear", "--python", ">=3.10,<3.13", directory],
-                [uv, "pip", "install", "--python", python, "-r", REQUIREMENTS],
-            ):
-                subprocess.run(command, check=True)
-            done.write_text(REQUIREMENTS.read_text())
+    """The interpreter of an environment with openpi-client and nothing of openpi-flash."""
+    python = Path(__file__).parents[2] / ".cache/openpi-client-env/bin/python"
+    assert python.exists(), "make .cache/openpi-client-env/.done, which `make test` does, too"
     return python
 
 
