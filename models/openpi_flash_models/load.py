@@ -30,6 +30,7 @@ def load_policy(
     default_prompt: str | None = None,
     max_batch_size: int = 1,
     tokenizer: Path | None = None,
+    data_home: Path | None = None,
 ) -> Policy:
     """Loads weights, statistics and tokenizer. Nothing is compiled yet: see `Policy.warm_up`.
 
@@ -44,6 +45,7 @@ def load_policy(
         default_prompt: goes before the configuration's.
         max_batch_size: most requests in a model call.
         tokenizer: a sentencepiece model; None: the configuration's, else PaliGemma's, fetched when it is not cached.
+        data_home: the cache of that; see `resolve`.
 
     Raises:
         CheckpointError: weights, statistics or tokenizer are missing or do not fit.
@@ -55,7 +57,7 @@ def load_policy(
     checkpoint = detect(checkpoint_dir, layout=None if backend == "auto" else Layout(backend))
     # What is cheap to get wrong is read before the weights, which take minutes.
     stats = find_norm_stats(config, checkpoint.root)
-    prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or resolve(TOKENIZER_URI))
+    prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or resolve(TOKENIZER_URI, data_home=data_home))
     options = {"device": device, "precision": precision, "num_steps": num_steps}
     model = _load_backend(config, checkpoint, compile_mode, options)
     return Policy(

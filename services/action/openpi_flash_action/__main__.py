@@ -9,6 +9,7 @@ from openpi_flash_common.logs import setup_logging
 from openpi_flash_common.settings import EXIT_CONFIG, SettingsError, load_settings
 from openpi_flash_models.errors import DownloadError, ModelsError
 
+from openpi_flash_action.scheduler import AcceleratorLostError
 from openpi_flash_action.server import serve
 
 
@@ -20,9 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings(parser.parse_args(arguments).config)
         setup_logging(settings.log, "action")
         asyncio.run(serve(settings))
-    except (ModelsError, SettingsError) as error:
+    except (ModelsError, SettingsError, AcceleratorLostError) as error:
         print(f"openpi-flash-action: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DownloadError) else EXIT_CONFIG
+        # Downloads and accelerators may work the next time.
+        return 1 if isinstance(error, DownloadError | AcceleratorLostError) else EXIT_CONFIG
     return 0
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError
+from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
 from openpi_flash_common.telemetry import Span, Telemetry
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,12 @@ class RunnablePolicy(Protocol):
     def batch_sizes(self) -> tuple[int, ...]: ...
     def run(self, prepared: list[Any]) -> list[np.ndarray]: ...
     def finish(self, prepared: Any, model_actions: np.ndarray) -> dict[str, np.ndarray]: ...
+    def warm_up_shapes(self) -> list[Any]: ...
+    def warm_up(self, shapes: list[Any]) -> None: ...
+
+
+class AcceleratorLostError(Exception):
+    """The accelerator no longer runs even the smallest known-good call: only a new process can help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Scheduler:
 
     Whatever may take long happens in threads: preparing in a few of their own, so that bad input is refused while the
     accelerator is busy, and every use of the model in a single one, in which it was loaded, too.
+
+    Attributes:
+        lost: ends with an AcceleratorLostError when the accelerator has failed for good.
     """
 
     def __init__(self, queue_size: int, telemetry: Telemetry) -> None:
@@ -78,6 +87,7 @@ class Scheduler:
         self._waiting: deque[_Job] = deque()
         self._num_queued = 0
         self._working = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def on_accelerator(self, function: Callable[[], Any]) -> Any:
         """Runs something in the accelerator's thread, e.g. loading the model and warming it up."""
@@ -95,6 +105,7 @@ class Scheduler:
         Raises:
             ResourceExhaustedError: too many wait already.
             DeadlineExceededError: its time was over before the accelerator was free.
+            UnavailableError: the accelerator has failed for good.
             Exception: what `prepare` or the model raised.
         """
         if self._num_queued >= self._queue_size:
@@ -102,33 +113,27 @@ class Scheduler:
                 f"{self._num_queued} requests wait for the accelerator, as many as may; try again later"
             )
         arrived = time.monotonic()
+        loop = asyncio.get_running_loop()
         self._count_queued(1)
         try:
-            started, ended, prepared = await asyncio.get_running_loop().run_in_executor(
-                self._preparing, _timed, prepare, deadline
-            )
-            self._telemetry.record("prepare", span, started, ended)
-            job = _Job(
-                prepared=prepared,
-                deadline=deadline,
-                span=span,
-                waited_s=started - arrived,
-                preprocess_s=ended - started,
-                queued=time.monotonic(),
-                answer=asyncio.get_running_loop().create_future(),
-            )
-            self._waiting.append(job)
-            if not self._working:
-                self._work(policy)
+            started, ended, prepared = await loop.run_in_executor(self._preparing, _timed, prepare, deadline)
+            if self.lost.done():
+                raise _unavailable()
         except BaseException:
             self._count_queued(-1)
             raise
+        self._telemetry.record("prepare", span, started, ended)
+        job = _Job(prepared, deadline, span, started - arrived, ended - started, ended, loop.create_future())
+        self._waiting.append(job)
+        if not self._working:
+            self._work(policy)
         try:
             return await job.answer
-        finally:
-            if job in self._waiting:  # given up: its place is free at once
+        except asyncio.CancelledError:
+            if job in self._waiting:  # its place is for another
                 self._waiting.remove(job)
                 self._count_queued(-1)
+            raise
 
     def close(self) -> None:
         """Ends the threads, once what they do is done."""
@@ -144,6 +149,7 @@ class Scheduler:
         started = time.monotonic()
         for job in batch:
             job.waited_s += started - job.queued
+            self._telemetry.record("queue", job.span, job.queued, started)
             self._metrics.queue_wait_seconds.observe(job.waited_s)
         self._metrics.batch_size.observe(len(batch))
         future = asyncio.get_running_loop().run_in_executor(self._accelerator, self._run, policy, batch)
@@ -173,11 +179,16 @@ class Scheduler:
         return batch
 
     def _run(self, policy: RunnablePolicy, batch: list[_Job]) -> list[Answer | Exception]:
-        """In the accelerator's thread: one model call, or, where it fails, one for each request."""
+        """In the accelerator's thread: one model call, or, where it fails, one for each request.
+
+        Raises:
+            AcceleratorLostError: it is not the requests that are at fault.
+        """
         try:
             return self._call_model(policy, batch)
         except Exception as error:
             if len(batch) == 1:
+                _check_accelerator(policy, error)
                 return [error]
             logger.warning("a batch of %d failed; running its requests one by one", len(batch), exc_info=error)
             return [answer for job in batch for answer in self._run(policy, [job])]
@@ -211,6 +222,10 @@ class Scheduler:
     def _deliver(
         self, policy: RunnablePolicy, batch: list[_Job], done: asyncio.Future[list[Answer | Exception]]
     ) -> None:
+        error = done.exception()
+        if error is not None:
+            self._give_up(batch, error)
+            return
         self._work(policy)  # first the accelerator, then the answers
         for job, answer in zip(batch, done.result(), strict=True):
             if job.answer.done():  # given up while it ran
@@ -219,6 +234,15 @@ class Scheduler:
                 job.answer.set_exception(answer)
             else:
                 job.answer.set_result(answer)
+
+    def _give_up(self, batch: list[_Job], error: BaseException) -> None:
+        """Refuses everything from now on; `_working` stays set, so that nothing more reaches the accelerator."""
+        for job in (*batch, *self._waiting):
+            if not job.answer.done():
+                job.answer.set_exception(_unavailable())
+        self._count_queued(-len(self._waiting))
+        self._waiting.clear()
+        self.lost.set_exception(error)
 
     def _count_queued(self, change: int) -> None:
         self._num_queued += change
@@ -236,6 +260,18 @@ def _timed(prepare: Callable[[], Any], deadline: float) -> tuple[float, float, A
 def _may_share(first: _Job, other: _Job) -> bool:
     one, two = first.prepared.request, other.prepared.request
     return one.shape_key == two.shape_key and not one.deterministic and not two.deterministic
+
+
+def _check_accelerator(policy: RunnablePolicy, failure: Exception) -> None:
+    """Tells a call that failed by itself from an accelerator that failed: one more call, of known-good inputs."""
+    try:
+        policy.warm_up(policy.warm_up_shapes()[:1])
+    except Exception as error:
+        raise AcceleratorLostError(f"the accelerator has failed: {failure}") from error
+
+
+def _unavailable() -> UnavailableError:
+    return UnavailableError("the accelerator has failed; the service is about to stop")
 
 
 def _too_late() -> DeadlineExceededError:

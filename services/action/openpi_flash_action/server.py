@@ -27,6 +27,7 @@ async def serve(settings: EngineSettings) -> None:
     Raises:
         SettingsError: there is no action section, or the settings cannot be used.
         ModelsError: configuration or checkpoint cannot be used.
+        AcceleratorLostError: only a new process can help.
     """
     action = settings.action
     if action is None:
@@ -52,7 +53,9 @@ async def serve(settings: EngineSettings) -> None:
     try:
         servicer.policy = loading.result()
         await server.set_serving(True)
-        await running
+        await asyncio.wait({running, scheduler.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if scheduler.lost.done():
+            scheduler.lost.result()
     finally:
         server.stop()
         await running
@@ -75,6 +78,7 @@ def load(settings: EngineSettings, action: ActionSettings) -> Policy:
         num_steps=action.num_steps,
         default_prompt=action.default_prompt,
         max_batch_size=action.max_batch_size,
+        data_home=settings.data_home,
     )
     loaded = time.monotonic()
     logger.info(
