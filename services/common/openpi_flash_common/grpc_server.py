@@ -101,10 +101,11 @@ class GrpcServer:
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         await self.set_serving(False)
-        for address in self._addresses:
-            self.ports.append(self._bind(address))
+        self.ports = [self._bind(address) for address in self._addresses]
         await self._server.start()
-        logger.info("listening", extra={"addresses": ",".join(self._addresses)})
+        for address, port in zip(self._addresses, self.ports, strict=True):
+            bound = f"{address.rpartition(':')[0]}:{port}" if port else address
+            logger.info("listening", extra={"address": bound})
 
     async def set_serving(self, serving: bool) -> None:
         """Says whether requests can be answered. The server refuses nothing by itself: that is up to the handlers."""
