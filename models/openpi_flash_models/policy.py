@@ -1,9 +1,7 @@
 """A policy: observations of one kind of robot in, action chunks in its units out, one model between."""
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,29 +9,23 @@ import numpy as np
 from openpi_flash_models import flow
 from openpi_flash_models.actions import make_mask, to_absolute
 from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError, PolicyConfigError
-from openpi_flash_models.images import ImageLayout, resize_into
 from openpi_flash_models.normalize import Normalization, Normalizer, NormStats
+from openpi_flash_models.observation import (
+    ImageSpec,
+    Resizer,
+    as_int,
+    batch_sizes,
+    flatten,
+    image_specs,
+    parse_prompt,
+    parse_seed,
+)
 from openpi_flash_models.policy_configs import PolicyConfig
 from openpi_flash_models.request import Backend, PreparedRequest, ShapeKey, assemble
-from openpi_flash_models.robots.base import RobotInputs
 from openpi_flash_models.tokenizer import PromptTokenizer
 
 MAX_NUM_STEPS = 100
 """Most flow steps that a request may ask for."""
-
-MAX_PROMPT_CHARS = 10_000
-"""Longest prompt, far above what the model reads: tokenizing is the one step whose cost the sender would set."""
-
-
-class ImageSpec(NamedTuple):
-    """What the policy wants of one camera. `layout` is the documented axis order; `height` and `width` are the model's,
-    and other sizes are resized."""
-
-    path: str
-    height: int
-    width: int
-    layout: ImageLayout
-    required: bool
 
 
 class TensorSpec(NamedTuple):
@@ -116,11 +108,11 @@ class Policy:
         self.backend = backend
         self.default_prompt = config.default_prompt if default_prompt is None else default_prompt
         self.default_num_steps = num_steps
-        self.batch_sizes = (*_powers_of_two_below(max_batch_size), max_batch_size)
+        self.batch_sizes = batch_sizes(max_batch_size)
         self._tokenizer = tokenizer
         self._state_normalizer, self._action_normalizer = _normalizers(config, stats)
         self._delta_mask = make_mask(config.delta_action_mask) if config.delta_action_mask else None
-        self._resizers = ThreadPoolExecutor(len(config.robot.used_cameras), thread_name_prefix="resize")
+        self._resize = Resizer(config.model.vision.image_size, len(config.robot.used_cameras))
         self._fresh = np.random.default_rng()
         # The shortest prompt is an empty one, with a single digit for each number of the state.
         shortest = self._tokens("", np.full(config.robot.state_dim, -0.99))
@@ -149,17 +141,7 @@ class Policy:
     @property
     def image_specs(self) -> tuple[ImageSpec, ...]:
         """The cameras that are used, in the model's order."""
-        size = self.config.model.vision.image_size
-        return tuple(
-            ImageSpec(
-                entry.path,
-                size,
-                size,
-                ImageLayout.CHW if entry.layout is ImageLayout.CHW else ImageLayout.HWC,
-                entry.required,
-            )
-            for entry in self.config.robot.used_cameras
-        )
+        return image_specs(self.config.robot, self.config.model.vision.image_size)
 
     @property
     def tensor_specs(self) -> tuple[TensorSpec, ...]:
@@ -210,8 +192,8 @@ class Policy:
         if not np.isfinite(padded).all():
             entry = self.config.robot.state[0].path
             raise InvalidObservationError(entry, "the state is too large: it is infinite once normalised")
-        tokens = self._tokens(self._parse_prompt(prompt), state)
-        images = self._images(robot_inputs)
+        tokens = self._tokens(parse_prompt(prompt, self.default_prompt), state)
+        images = self._resize(robot_inputs.images)
         steps = self.default_num_steps if num_steps is None else _parse_num_steps(num_steps)
         request = PreparedRequest(
             images=images,
@@ -302,51 +284,10 @@ class Policy:
         model = self.config.model
         return self._tokenizer.prompt_tokens(prompt, state if model.discrete_state_input else None, model.max_token_len)
 
-    def _images(self, inputs: RobotInputs) -> np.ndarray:
-        size = self.config.model.vision.image_size
-        images = np.empty((len(inputs.images), size, size, 3), np.uint8)
-
-        def resize(view: int) -> None:
-            path, image = inputs.images[view]
-            try:
-                resize_into(image, images[view])
-            except ValueError as error:
-                raise InvalidObservationError(path, str(error)) from error
-
-        if all(image.shape[:2] == (size, size) for _, image in inputs.images):
-            for view in range(len(images)):
-                resize(view)
-        else:
-            # PIL works outside the interpreter's lock, some 2 ms for a camera of 640x480.
-            list(self._resizers.map(resize, range(len(images))))
-        return images
-
-    def _parse_prompt(self, prompt: object) -> str:
-        if prompt is None:
-            if self.default_prompt is None:
-                raise InvalidObservationError("prompt", "required prompt is missing, and the policy has no default")
-            return self.default_prompt
-        if isinstance(prompt, np.ndarray) and prompt.size == 1 and prompt.dtype.kind in "US":
-            prompt = prompt.item()
-        try:
-            if isinstance(prompt, bytes):
-                prompt = prompt.decode("utf-8")
-            elif isinstance(prompt, str):
-                prompt.encode("utf-8")
-        except UnicodeError as error:
-            raise InvalidObservationError("prompt", f"expected text in UTF-8 ({error})") from error
-        if not isinstance(prompt, str):
-            kind = f"array of {prompt.dtype}" if isinstance(prompt, np.ndarray) else type(prompt).__name__
-            raise InvalidObservationError("prompt", f"expected a string, got {kind}")
-        if len(prompt) > MAX_PROMPT_CHARS:
-            message = f"expected at most {MAX_PROMPT_CHARS} characters, got {len(prompt)}"
-            raise InvalidObservationError("prompt", message)
-        return prompt
-
     def _noise(self, seed: object, noise: np.ndarray | None) -> np.ndarray:
         shape = (self.config.model.action_horizon, self.config.model.action_dim)
         if noise is None:
-            generator = self._fresh if seed is None else np.random.default_rng(_parse_seed(seed))
+            generator = self._fresh if seed is None else np.random.default_rng(parse_seed(seed))
             return generator.standard_normal(shape, np.float32)
         if seed is not None:
             raise InvalidObservationError("noise", "seed and noise exclude each other; give one")
@@ -362,42 +303,11 @@ class Policy:
         return noise
 
 
-def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """openpi's nested observation to entries by path: `{"images": {"cam_high": x}}` to `{"images/cam_high": x}`."""
-    return dict(_leaves(observation, prefix))
-
-
-def _leaves(observation: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in observation.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _powers_of_two_below(limit: int) -> list[int]:
-    return [1 << i for i in range((limit - 1).bit_length())]
-
-
 def _parse_num_steps(value: object) -> int:
-    steps = _as_int(value)
+    steps = as_int(value)
     if steps is None or not 1 <= steps <= MAX_NUM_STEPS:
         raise InvalidObservationError("num_steps", f"expected an integer from 1 to {MAX_NUM_STEPS}, got {value!r}")
     return steps
-
-
-def _parse_seed(value: object) -> int:
-    seed = _as_int(value)
-    if seed is None or not 0 <= seed < 2**64:
-        raise InvalidObservationError("seed", f"expected an integer from 0 to 2**64 - 1, got {value!r}")
-    return seed
-
-
-def _as_int(value: Any) -> int | None:
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
 
 
 def _normalizers(config: PolicyConfig, stats: Mapping[str, NormStats] | None) -> tuple[Normalizer, Normalizer]:

@@ -65,12 +65,7 @@ class ModelBatch:
 def assemble(requests: Sequence[PreparedRequest], *, batch_size: int | None = None) -> ModelBatch:
     """Stacks requests of one shape key; repeats the last one until there are `batch_size` rows."""
     rows = [*requests, *[requests[-1]] * ((batch_size or len(requests)) - len(requests))]
-    length = rows[0].shape_key.prompt_bucket
-    tokens = np.zeros((len(rows), length), np.int32)
-    token_mask = np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = row.tokens
-        token_mask[i, : len(row.tokens)] = True
+    tokens, token_mask = pad_tokens([row.tokens for row in rows], rows[0].shape_key.prompt_bucket)
     return ModelBatch(
         images=np.stack([row.images for row in rows]),
         tokens=tokens,
@@ -79,6 +74,16 @@ def assemble(requests: Sequence[PreparedRequest], *, batch_size: int | None = No
         noise=np.stack([row.noise for row in rows]),
         num_steps=rows[0].num_steps,
     )
+
+
+def pad_tokens(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids padded on the right with 0, (B, length) int32, and which of them are valid, (B, length) bool."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    token_mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        token_mask[i, : len(row)] = True
+    return tokens, token_mask
 
 
 class Backend(Protocol):

@@ -62,10 +62,19 @@ class PromptTokenizer:
             bins = " ".join(map(str, discretize_state(state).tolist()))
             text = f"Task: {clean_prompt(prompt)}, State: {bins};\nAction: "
             tokens = np.array(self.encode(text, bos=True), np.int32)
-        if len(tokens) > max_len:
-            self._warn_truncated(prompt, max_len)
-            tokens = tokens[:max_len]
-        return tokens
+        return self._cut(tokens, prompt, max_len)
+
+    def text_tokens(self, text: str, max_len: int) -> np.ndarray:
+        """As `prompt_tokens`, of a text as it stands."""
+        return self._cut(np.array(self.encode(text, bos=True), np.int32), text, max_len)
+
+    def pieces(self) -> list[str | None]:
+        """The text of each token, spaces as such; None where a token stands for none: control tokens, single bytes."""
+        ids = list(range(self.vocab_size))
+        model = self._sentencepiece
+        textless = (model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), model.is_byte(ids))
+        texts = model.id_to_piece(ids)
+        return [None if any(kinds) else text.replace("▁", " ") for text, *kinds in zip(texts, *textless, strict=True)]
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Tokens of a text as it stands."""
@@ -74,6 +83,12 @@ class PromptTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; control tokens such as <pad> and <eos> give nothing."""
         return self._sentencepiece.decode(list(map(int, ids)))
+
+    def _cut(self, tokens: np.ndarray, text: str, max_len: int) -> np.ndarray:
+        if len(tokens) > max_len:
+            self._warn_truncated(text, max_len)
+            tokens = tokens[:max_len]
+        return tokens
 
     def _encode_text_prompt(self, prompt: str) -> np.ndarray:
         tokens = np.array([*self.encode(clean_prompt(prompt), bos=True), *self._newline], np.int32)

@@ -41,14 +41,19 @@ def load(
         CheckpointError: a leaf is missing or misshaped.
         PolicyConfigError: an unknown precision, or a device that is not there.
     """
+    chosen, dtype = parse_placement(device, precision)
+    weights = read_weights(config, source, dtype, chosen)
+    return JaxBackend(config, weights, chosen, num_steps=num_steps)
+
+
+def parse_placement(device: str | None, precision: str) -> tuple[jax.Device, np.dtype]:
+    """The device and the compute dtype of these names; raises PolicyConfigError where there are none."""
     if precision not in PRECISIONS:
         raise PolicyConfigError(f"precision: {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     try:
-        chosen = jax.devices(device)[0]
+        return jax.devices(device)[0], np.dtype(PRECISIONS[precision])
     except RuntimeError as error:
         raise PolicyConfigError(f"device: {device!r} is none that JAX can use here: {error}") from error
-    weights = read_weights(config, source, np.dtype(PRECISIONS[precision]), chosen)
-    return JaxBackend(config, weights, chosen, num_steps=num_steps)
 
 
 class JaxBackend:

@@ -38,7 +38,8 @@ def _trace(
         vision["encoded"] = model.encode_patches(config, tower, stem)
         vision["projected"] = model.project(tower, vision["encoded"])
         found |= {f"vit_{name}": x.reshape(batch_size, num_views, *x.shape[1:]) for name, x in vision.items()}
-    found["prefix_embeds"], valid = model.embed_prefix(config, weights, inputs)
+    prefix = (inputs.images, inputs.tokens, inputs.token_mask)
+    found["prefix_embeds"], valid = model.embed_prefix(config, weights, *prefix)
     cache, out = model.prefix_forward(config, weights, found["prefix_embeds"], valid, hidden=True)
     assert out is not None  # noqa: S101 - asked for
     found |= {"prefix_out": out, "prefix_k": cache.keys, "prefix_v": cache.values}

@@ -12,6 +12,7 @@ state and time are in float32.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ from openpi_flash_models.config import GemmaConfig, ModelConfig
 from openpi_flash_models.pixels import PIXEL_VALUES
 
 Weights = dict[str, Any]
+
+Part = tuple[Array, Array, Array | None]
+"""Keys and values that lie in one place, and which of them may be attended to; see `attend`."""
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-6
@@ -96,21 +100,23 @@ def sample_actions(config: ModelConfig, weights: Weights, schedule: Schedule, in
 
 def prepare(config: ModelConfig, weights: Weights, inputs: Inputs) -> Context:
     """All of the work that is done once per batch, whatever the number of flow steps."""
-    prefix, valid = embed_prefix(config, weights, inputs)
+    prefix, valid = embed_prefix(config, weights, inputs.images, inputs.tokens, inputs.token_mask)
     cache, _ = prefix_forward(config, weights, prefix, valid)
     rope = rope_table(valid.sum(1)[:, None] + jnp.arange(config.suffix_len), config.expert.head_dim)
     return Context(cache, valid, rope, None if config.is_pi05 else linear(weights, "state_proj", inputs.state)[:, None])
 
 
-def embed_prefix(config: ModelConfig, weights: Weights, inputs: Inputs) -> tuple[Array, Array]:
+def embed_prefix(
+    config: ModelConfig, weights: Weights, images: Array, tokens: Array, token_mask: Array
+) -> tuple[Array, Array]:
     """Prefix tokens (B, S, D) in the compute dtype, cameras then prompt, and which of them are valid (B, S)."""
-    prompt = embed_prompt(weights, inputs.tokens)
-    batch, num_views = inputs.images.shape[:2]
+    prompt = embed_prompt(weights, tokens)
+    batch, num_views = images.shape[:2]
     if num_views == 0:
-        return prompt, inputs.token_mask
-    views = embed_images(config, weights, inputs.images.reshape(batch * num_views, *inputs.images.shape[2:]))
+        return prompt, token_mask
+    views = embed_images(config, weights, images.reshape(batch * num_views, *images.shape[2:]))
     views = views.reshape(batch, -1, prompt.shape[-1])
-    valid = jnp.concatenate([jnp.ones(views.shape[:2], bool), inputs.token_mask], 1)
+    valid = jnp.concatenate([jnp.ones(views.shape[:2], bool), token_mask], 1)
     return jnp.concatenate([views, prompt], 1), valid
 
 
@@ -179,10 +185,7 @@ def prefix_forward(
     mask = valid[:, None, None, None, :]
 
     def whole_layer(x: Array, i: Array | int) -> tuple[Array, Cache]:
-        layer = layer_at(layers, i)
-        q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
-        x = x + dot(attend(q, [(k, v, mask)]), layer["out"])
-        return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
+        return vlm_layer(gemma, layer_at(layers, i), x, rope, mask=mask)
 
     last = gemma.depth - 1
     x, cache = lax.scan(whole_layer, x, jnp.arange(last))
@@ -193,6 +196,19 @@ def prefix_forward(
         last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
     cache = jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache)
     return cache, rms_norm(x, 1 + weights["vlm_norm"]) if hidden else None
+
+
+def vlm_layer(
+    gemma: GemmaConfig, layer: Weights, x: Array, rope: Rope, *, mask: Array | None, earlier: Sequence[Part] = ()
+) -> tuple[Array, Cache]:
+    """One layer of the VLM over tokens (B, T, D), which see `earlier` ones and, as `mask` allows, each other.
+
+    Returns:
+        The tokens after it, and their keys and values (B, T, K, h).
+    """
+    q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
+    x = x + dot(attend(q, [*earlier, (k, v, mask)]), layer["out"])
+    return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
 
 
 def velocity(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
@@ -284,7 +300,7 @@ def project_kv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Ar
     return rotate(kv[:, :, 0], rope), kv[:, :, 1]
 
 
-def attend(q: Array, parts: list[tuple[Array, Array, Array | None]]) -> Array:
+def attend(q: Array, parts: Sequence[Part]) -> Array:
     """Attention of queries (B, T, N, h) over keys that lie in several places, without bringing them together.
 
     Args:

@@ -3,7 +3,7 @@
 Matrices that multiply the same input lie side by side: queries, keys and values in `qkv`, gate and up in `gate_up`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +44,32 @@ class Slot(NamedTuple):
     dtype: np.dtype | None = None
 
 
-def read_weights(config: ModelConfig, source: TensorSource, dtype: np.dtype, device: jax.Device) -> Weights:
-    """Reads, packs and moves the model to `device`, array by array, converting where the stored type differs."""
+VLM = frozenset({"vision", "embedding", "vlm_layers", "vlm_norm"})
+"""Parts of the model that read pictures and text: all that is needed to write text."""
+
+
+def read_weights(
+    config: ModelConfig,
+    source: TensorSource,
+    dtype: np.dtype,
+    device: jax.Device,
+    *,
+    parts: Collection[str] | None = None,
+) -> Weights:
+    """Reads, packs and moves the model to `device`, array by array, converting where the stored type differs.
+
+    Args:
+        config: sizes, to which the whole checkpoint must fit.
+        source: leaves under openpi's JAX paths.
+        dtype: the compute dtype.
+        device: where to.
+        parts: top-level names to read; None: all. Leaves of the others are not read.
+    """
     validate(source, jax_shapes(config))
     weights: Weights = {}
+    wanted = [slot for slot in slots(config, adaptive_dtype(config, source)) if parts is None or slot.path[0] in parts]
     # The largest first, while little else is in memory beside them.
-    for slot in sorted(slots(config, adaptive_dtype(config, source)), key=lambda slot: -np.prod(slot.shape)):
+    for slot in sorted(wanted, key=lambda slot: -np.prod(slot.shape)):
         packed = np.empty(slot.shape, slot.dtype or dtype)
         slot.pack(packed, *map(source.read, slot.leaves))
         for leaf in slot.leaves:

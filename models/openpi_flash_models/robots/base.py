@@ -109,6 +109,33 @@ class Robot:
         Raises:
             InvalidObservationError: an entry is missing, unknown, or of the wrong shape, dtype or range.
         """
+        images = self._pictures(observation)
+        vectors = []
+        for entry in self.state:
+            value = observation.get(entry.path)
+            if value is None:
+                raise _missing(entry.path, f"{entry.dim} numbers", observation)
+            vectors.append(_parse_vector(_as_array(value, entry.path), entry))
+        self._refuse_unknown(observation)
+        state = np.concatenate(vectors) if len(vectors) > 1 else vectors[0]
+        return RobotInputs(images, self.encode_state(state) if self.encode_state else state)
+
+    def parse_images(self, observation: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+        """The pictures alone, as `RobotInputs` has them. The state may be absent, and is not looked at.
+
+        Raises:
+            InvalidObservationError: a picture is missing or malformed, or an entry is none of this robot's.
+        """
+        images = self._pictures(observation)
+        self._refuse_unknown(observation)
+        return images
+
+    def decode(self, actions: np.ndarray) -> np.ndarray:
+        """(horizon, ≥ action_dim) float64 in the units of the training data to (horizon, action_dim) in the robot's."""
+        actions = actions[:, : self.action_dim]
+        return self.decode_actions(actions) if self.decode_actions else actions
+
+    def _pictures(self, observation: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
         images = []
         for camera in self.cameras:
             value = observation.get(camera.path)
@@ -119,22 +146,12 @@ class Robot:
             image = parse_image(_as_array(value, camera.path), camera.layout, camera.path)
             if camera.camera is not None:
                 images.append((camera.path, image))
-        vectors = []
-        for entry in self.state:
-            value = observation.get(entry.path)
-            if value is None:
-                raise _missing(entry.path, f"{entry.dim} numbers", observation)
-            vectors.append(_parse_vector(_as_array(value, entry.path), entry))
+        return images
+
+    def _refuse_unknown(self, observation: Mapping[str, np.ndarray]) -> None:
         for path in observation:
             if path not in self.paths:
                 raise InvalidObservationError(path, f"unknown entry{did_you_mean(path, self.paths)}")
-        state = np.concatenate(vectors) if len(vectors) > 1 else vectors[0]
-        return RobotInputs(images, self.encode_state(state) if self.encode_state else state)
-
-    def decode(self, actions: np.ndarray) -> np.ndarray:
-        """(horizon, ≥ action_dim) float64 in the units of the training data to (horizon, action_dim) in the robot's."""
-        actions = actions[:, : self.action_dim]
-        return self.decode_actions(actions) if self.decode_actions else actions
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
