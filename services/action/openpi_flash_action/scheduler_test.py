@@ -173,13 +173,46 @@ async def test_requests_being_prepared_count_as_waiting(harness):
         assert hold.wait(30)
         return Request("held")
 
-    tasks = [harness.submit_prepare(prepare) for _ in range(QUEUE_SIZE)]
+    tasks = [await harness.occupy(), *(harness.submit_prepare(prepare) for _ in range(QUEUE_SIZE))]
     await asyncio.sleep(0)
     with pytest.raises(ResourceExhaustedError):
         await harness.submit("one too many")
     hold.set()
     harness.policy.gate.set()
     await asyncio.gather(*tasks)
+
+
+async def test_bad_input_of_a_lone_request_leaves_the_accelerator_free(harness):
+    def prepare() -> Request:
+        raise ValueError("no camera")
+
+    with pytest.raises(ValueError, match="no camera"):
+        await harness.submit_prepare(prepare)
+    harness.policy.gate.set()
+    assert (await harness.submit("next")).batch_size == 1
+    assert harness.policy.calls == [["next"]]
+
+
+async def test_a_lone_request_that_expires_or_is_cancelled_while_prepared_never_runs(harness):
+    started, hold = threading.Event(), threading.Event()
+
+    def prepare() -> Request:
+        started.set()
+        assert hold.wait(30)
+        return Request("late")
+
+    cancelled = harness.submit_prepare(prepare)
+    await harness.until(started.is_set)
+    cancelled.cancel()
+    hold.set()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    harness.policy.gate.set()
+    deadline = time.monotonic() + 0.2
+    with pytest.raises(DeadlineExceededError):
+        await harness.submit_prepare(lambda: time.sleep(0.4) or Request("late"), deadline)
+    assert (await harness.submit("next")).batch_size == 1
+    assert harness.policy.calls == [["next"]]
 
 
 async def test_bad_input_is_refused_while_the_accelerator_is_busy(harness):
