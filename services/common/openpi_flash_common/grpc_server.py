@@ -80,7 +80,7 @@ class GrpcServer:
         self._stop = asyncio.Event()
 
     async def start(self) -> None:
-        """Listens.
+        """Listens. From now on SIGTERM and SIGINT end `run_until_stopped`; a second one ends the process at once.
 
         Raises:
             SettingsError: an address cannot be bound, or a certificate cannot be read.
@@ -102,6 +102,8 @@ class GrpcServer:
         )
         await self.set_serving(False)
         self.ports = [self._bind(address) for address in self._addresses]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         await self._server.start()
         for address, port in zip(self._addresses, self.ports, strict=True):
             bound = f"{address.rpartition(':')[0]}:{port}" if port else address
@@ -122,21 +124,7 @@ class GrpcServer:
         await self._stop.wait()
 
     async def run_until_stopped(self) -> None:
-        """Serves until SIGTERM, SIGINT or `stop`; then says NOT_SERVING, accepts nothing new and finishes what runs.
-
-        A second signal ends the process at once.
-        """
-        loop = asyncio.get_running_loop()
-
-        def on_signal(number: int) -> None:
-            if self._stop.is_set():
-                logger.warning("second signal: exiting at once")
-                os._exit(128 + number)
-            logger.info("stopping", extra={"signal": signal.Signals(number).name})
-            self._stop.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal, number)
+        """Serves until SIGTERM, SIGINT or `stop`; then says NOT_SERVING, accepts nothing new, finishes what runs."""
         await self._stop.wait()
         await self._drain()
 
@@ -156,6 +144,13 @@ class GrpcServer:
             with self._activity.busy():
                 await context.write(await answer(request))
         raise UnavailableError("the server is stopping")
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            logger.warning("second signal: exiting at once")
+            os._exit(128 + number)
+        logger.info("stopping", extra={"signal": signal.Signals(number).name})
+        self._stop.set()
 
     async def _drain(self) -> None:
         await self._health.enter_graceful_shutdown()
