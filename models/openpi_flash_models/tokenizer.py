@@ -68,13 +68,14 @@ class PromptTokenizer:
         """As `prompt_tokens`, of a text as it stands."""
         return self._cut(np.array(self.encode(text, bos=True), np.int32), text, max_len)
 
-    def pieces(self) -> list[str | None]:
-        """The text of each token, spaces as such; None where a token stands for none: control tokens, single bytes."""
+    def pieces(self) -> list[str]:
+        """The text of each token, spaces as such; "" where a token stands for none: control tokens, single bytes."""
         ids = list(range(self.vocab_size))
         model = self._sentencepiece
-        textless = (model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), model.is_byte(ids))
+        kinds = (model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), model.is_byte(ids))
+        is_textless = map(any, zip(*kinds, strict=True))
         texts = model.id_to_piece(ids)
-        return [None if any(kinds) else text.replace("▁", " ") for text, *kinds in zip(texts, *textless, strict=True)]
+        return ["" if textless else text.replace("▁", " ") for text, textless in zip(texts, is_textless, strict=True)]
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Tokens of a text as it stands."""

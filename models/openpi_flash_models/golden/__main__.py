@@ -8,10 +8,11 @@ from pathlib import Path
 from openpi_flash_models.errors import ModelsError
 from openpi_flash_models.golden.cases import check_cases
 from openpi_flash_models.golden.compare import BACKENDS, Difference, GoldenModel
+from openpi_flash_models.golden.planner import check_planners
 from openpi_flash_models.golden.policies import check_policies
 from openpi_flash_models.golden.transforms import check_transforms
 
-MODEL_CHECKS: tuple[Callable[[GoldenModel], Iterator[Difference]], ...] = (check_cases, check_policies)
+MODEL_CHECKS: tuple[Callable[[GoldenModel], Iterator[Difference]], ...] = (check_cases, check_policies, check_planners)
 """Checks of one model's folder. A check yields nothing where the folder holds no files for it."""
 
 FOLDER_CHECKS: tuple[Callable[[Path], Iterator[Difference]], ...] = (check_transforms,)

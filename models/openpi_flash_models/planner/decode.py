@@ -1,0 +1,218 @@
+"""Writing text with pi0.5's VLM in JAX: prefix, then one token after the other, as functions of the weights.
+
+Reads from the top: `start` reads pictures and prompt and writes the first token, `advance` writes more. What a request
+may ask for (how many tokens, how random) is data, never shape, so that each of the two compiles once per shape of the
+prefix. The model's parts are those of jax/model.py. Shapes: B batch, S prefix tokens, V vocabulary, D VLM width,
+K key/value heads, h head_dim, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.jax import model
+from openpi_flash_models.planner.vocabulary import EOS
+
+CAPACITY = 256
+"""Most tokens that can be written. Room for them is cheap: their keys and values are few beside the prefix's."""
+
+DISALLOWED = -1e9
+"""Logit of a token that must not be written."""
+
+_TABLE_BLOCK = 8192
+"""Rows of the embedding table that a CPU widens at a time."""
+
+
+class Inputs(NamedTuple):
+    """Valid pictures and prompt tokens of one batch, as `request.ModelBatch` has them, on the device."""
+
+    images: Array
+    tokens: Array
+    token_mask: Array
+
+
+class Sampling(NamedTuple):
+    """How the rows of a batch choose their tokens.
+
+    Attributes:
+        max_tokens: (B,) int32, 1 to CAPACITY.
+        temperature: (B,) float32; 0: always the likeliest token.
+        top_k: (B,) int32, candidates when sampling; 0: all.
+        seeds: (B, 2) uint32, the upper and lower half of each row's seed.
+    """
+
+    max_tokens: Array
+    temperature: Array
+    top_k: Array
+    seeds: Array
+
+
+class Prefix(NamedTuple):
+    """What every written token meets of pictures and prompt.
+
+    Attributes:
+        cache: keys and values of the S prefix tokens.
+        valid: (B, S) bool.
+        length: (B,) int32, how many are valid: the position of the first written token.
+    """
+
+    cache: model.Cache
+    valid: Array
+    length: Array
+
+
+class Written(NamedTuple):
+    """What has been written.
+
+    Attributes:
+        tokens: (B, CAPACITY) int32, zeros behind the last one of each row.
+        lengths: (B,) int32, tokens of each row, EOS included.
+        done: (B,) bool, whose row has ended.
+        steps: () int32, how often a token was chosen: tokens of the longest row.
+        logits: (B, V) float32, from which the newest tokens were chosen.
+        cache: keys and values of the tokens, (L, B, CAPACITY, K, h) each; the newest token has none yet.
+    """
+
+    tokens: Array
+    lengths: Array
+    done: Array
+    steps: Array
+    logits: Array
+    cache: model.Cache
+
+
+def start(
+    config: ModelConfig, weights: model.Weights, inputs: Inputs, sampling: Sampling, allowed: Array
+) -> tuple[Prefix, Written]:
+    """Reads the prefix and writes the first token.
+
+    Args:
+        config: sizes; static under `jax.jit`.
+        weights: the parts `weights.VLM` of the model.
+        inputs: the batch.
+        sampling: how its rows choose.
+        allowed: (V,) bool, tokens that may be written.
+    """
+    x, valid = model.embed_prefix(config, weights, *inputs)
+    cache, hidden = model.prefix_forward(config, weights, x, valid, hidden=True)
+    assert hidden is not None  # noqa: S101 - asked for
+    length = valid.sum(1, dtype=jnp.int32)
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)[:, 0]
+
+    batch, gemma = len(x), config.vlm
+    room = jnp.zeros((gemma.depth, batch, CAPACITY, gemma.num_kv_heads, gemma.head_dim), x.dtype)
+    nothing = Written(
+        tokens=jnp.zeros((batch, CAPACITY), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        steps=jnp.zeros((), jnp.int32),
+        logits=tied_logits(weights, last),
+        cache=model.Cache(room, room),
+    )
+    return Prefix(cache, valid, length), write(nothing, sampling, allowed)
+
+
+def advance(
+    config: ModelConfig,
+    weights: model.Weights,
+    prefix: Prefix,
+    written: Written,
+    *,
+    sampling: Sampling,
+    allowed: Array,
+    until: Array,
+) -> Written:
+    """Writes until every row has ended, or `until` tokens are there; not a step further."""
+
+    def unfinished(written: Written) -> Array:
+        return ~written.done.all() & (written.steps < until)
+
+    def step(written: Written) -> Written:
+        hidden, cache = forward(config, weights, prefix, written)
+        return write(written._replace(logits=tied_logits(weights, hidden), cache=cache), sampling, allowed)
+
+    return lax.while_loop(unfinished, step, written)
+
+
+def forward(config: ModelConfig, weights: model.Weights, prefix: Prefix, written: Written) -> tuple[Array, model.Cache]:
+    """Runs the VLM over the newest tokens: their final-normed output (B, D), and the cache with them in it."""
+    newest = written.steps - 1
+    tokens = lax.dynamic_slice_in_dim(written.tokens, newest, 1, 1)
+    rope = model.rope_table((prefix.length + newest)[:, None], config.vlm.head_dim)
+    is_prefix, is_earlier = prefix.valid[:, None, None, None, :], jnp.arange(CAPACITY) < newest
+
+    def layer_step(x: Array, slices: tuple[Array, model.Cache, model.Cache]) -> tuple[Array, model.Cache]:
+        i, before, own = slices
+        earlier = ((before.keys, before.values, is_prefix), (own.keys, own.values, is_earlier))
+        return model.vlm_layer(
+            config.vlm, model.layer_at(weights["vlm_layers"], i), x, rope, mask=None, earlier=earlier
+        )
+
+    layers = (jnp.arange(config.vlm.depth), prefix.cache, written.cache)
+    x, new = lax.scan(layer_step, model.embed_prompt(weights, tokens), layers)
+    cache = jax.tree.map(lambda room, one: lax.dynamic_update_slice_in_dim(room, one, newest, 2), written.cache, new)
+    return model.rms_norm(x, 1 + weights["vlm_norm"])[:, 0], cache
+
+
+def write(written: Written, sampling: Sampling, allowed: Array) -> Written:
+    """Chooses the next token of every row from `written.logits`; rows that have ended get a 0."""
+    chosen = jnp.where(written.done, 0, choose(written.logits, written.steps, sampling, allowed))
+    lengths = written.lengths + ~written.done
+    return written._replace(
+        tokens=lax.dynamic_update_slice_in_dim(written.tokens, chosen[:, None], written.steps, 1),
+        lengths=lengths,
+        done=written.done | (chosen == EOS) | (lengths >= sampling.max_tokens),
+        steps=written.steps + 1,
+    )
+
+
+def choose(logits: Array, step: Array, sampling: Sampling, allowed: Array) -> Array:
+    """(B, V) float32 logits to (B,) int32 tokens; of equal ones the lowest id."""
+    logits = jnp.where(allowed, logits, DISALLOWED)
+    random = (sampling.temperature > 0).any()
+    # Sorting a vocabulary costs as much as computing its logits: only those pay who asked for it.
+    logits = lax.cond(random & (sampling.top_k > 0).any(), keep_top_k, lambda logits, _: logits, logits, sampling.top_k)
+    logits = lax.cond(random, add_noise, lambda logits, *_: logits, logits, step, sampling)
+    return logits.argmax(-1).astype(jnp.int32)
+
+
+def keep_top_k(logits: Array, top_k: Array) -> Array:
+    """Disallows all but the k largest of each row, and what equals the k-th; 0 keeps all."""
+    size = logits.shape[-1]
+    kth = jnp.where(top_k > 0, size - jnp.minimum(top_k, size), 0)
+    least = jnp.take_along_axis(jnp.sort(logits), kth[:, None], 1)
+    return jnp.where(logits >= least, logits, DISALLOWED)
+
+
+def add_noise(logits: Array, step: Array, sampling: Sampling) -> Array:
+    """Gumbel noise times temperature: its largest element is a sample of the softmax of logits / temperature.
+
+    A row's noise depends on its own seed and the step alone.
+    """
+
+    def noise(words: Array) -> Array:
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], jnp.float32)
+
+    return logits + sampling.temperature[:, None] * jax.vmap(noise)(sampling.seeds)
+
+
+def tied_logits(weights: model.Weights, hidden: Array) -> Array:
+    """(B, D) to (B, V) float32: the products with the embedding table, unscaled."""
+    table = weights["embedding"]
+    if table.dtype != jnp.uint16:
+        return jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
+    # Weights that a CPU holds as bits (`model.numbers`), in blocks: it widens what it multiplies, here a table of 1 GB.
+    rows = len(table)
+    block = min(rows, _TABLE_BLOCK)
+
+    def fill(i: Array, logits: Array) -> Array:
+        first = jnp.minimum(i * block, rows - block)
+        part = model.numbers(lax.dynamic_slice_in_dim(table, first, block))
+        product = jnp.einsum("bd,vd->bv", hidden, part, preferred_element_type=jnp.float32)
+        return lax.dynamic_update_slice_in_dim(logits, product, first, 1)
+
+    return lax.fori_loop(0, -(-rows // block), fill, jnp.zeros((len(hidden), rows), jnp.float32))
