@@ -119,7 +119,7 @@ def run_stage(stage: str, config: ModelConfig, directory: Path) -> Measured:
     baseline = peak_bytes("self")
     started = time.perf_counter()
     if stage == "write":
-        make_checkpoint(directory / "jax", config, asset_ids=ASSETS["droid"])
+        make_checkpoint(directory / "jax", config, asset_ids=ASSETS)
     else:
         convert(directory / "jax", directory / "torch", config)
     return Measured(time.perf_counter() - started, peak_bytes("self") - baseline)

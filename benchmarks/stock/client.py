@@ -11,12 +11,7 @@ import numpy as np
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 policy = WebsocketClientPolicy("127.0.0.1", int(sys.argv[1]))
-observation = dict(np.load(sys.argv[2]))
-observation = {
-    "state": observation["state"],
-    "images": {name: observation[name] for name in ("cam_high", "cam_left_wrist", "cam_right_wrist")},
-    "prompt": "fold the towel",
-}
+observation = {**np.load(sys.argv[2]), "prompt": sys.argv[3]}
 for line in sys.stdin:
     calls = []
     for _ in range(int(line)):

@@ -1,6 +1,7 @@
 """openpi's arrangement, as a rival: a `websockets` server that calls the policy in its own process and event loop."""
 
 import asyncio
+import logging
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ from openpi_flash_models.policy_configs import load_policy_config
 from websockets.asyncio.server import ServerConnection, serve
 
 
-async def main(policy_file: str, checkpoint_dir: str, port: int) -> None:
-    policy = load_policy(load_policy_config(policy_file), Path(checkpoint_dir), device="cpu", precision="float32")
+async def main(policy_file: str, checkpoint_dir: str, port: int, num_steps: int) -> None:
+    config = load_policy_config(policy_file)
+    policy = load_policy(config, Path(checkpoint_dir), device="cpu", precision="float32", num_steps=num_steps)
     policy.warm_up()
 
     async def converse(connection: ServerConnection) -> None:
@@ -20,7 +22,7 @@ async def main(policy_file: str, checkpoint_dir: str, port: int) -> None:
         async for message in connection:
             started = time.perf_counter()
             observation = openpi_msgpack.unpackb(message)
-            prepared = policy.prepare(_flat(observation), prompt=observation["prompt"])
+            prepared = policy.prepare(observation, prompt=observation.pop("prompt"))
             model_started = time.perf_counter()
             actions = policy.run([prepared])[0]
             model_ms = (time.perf_counter() - model_started) * 1e3
@@ -33,10 +35,11 @@ async def main(policy_file: str, checkpoint_dir: str, port: int) -> None:
         await asyncio.Future()
 
 
-def _flat(observation: dict) -> dict:
-    images = {f"images/{name}": picture for name, picture in observation["images"].items()}
-    return {"state": observation["state"], **images}
-
-
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # clients end without a goodbye
+    if sys.argv[5] == "instant":
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        import instant
+
+        instant.install()
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from openpi_flash_models.checkpoints import synthetic
 from openpi_flash_models.policy_configs import load_policy_config
@@ -17,8 +18,22 @@ MODEL = {
 }
 
 
-ASSETS = {"droid": {"droid": (8, 8)}, "aloha": {"trossen": (14, 14)}}
-"""Of each robot: the id of its statistics, and its numbers of state and action dimensions."""
+ROBOTS: dict[str, dict[str, Any]] = {
+    "droid": {"extends": "pi05_droid"},
+    "three_cameras": {
+        "extends": "pi05_droid",
+        "robot": "raw",
+        "camera_map": {"base_0_rgb": "top", "left_wrist_0_rgb": "left", "right_wrist_0_rgb": "right"},
+        "state": [{"path": "state", "dim": 8}],
+        "robot_action_dim": 8,
+        "delta_action_mask": None,
+        "asset_id": "droid",
+    },
+}
+"""What the policy file of each robot says beside the model's sizes."""
+
+ASSETS = {"droid": (8, 8)}
+"""The statistics of both: numbers of state and action dimensions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +53,16 @@ def make_tiny_policy(directory: Path, *, robot: str = "droid", layout: str = "ja
     """Writes tokenizer, policy file and seeded random checkpoint below `directory`.
 
     Args:
-        robot: `droid` (two cameras) or `aloha` (three).
+        robot: one of ROBOTS.
         layout: `jax` (Orbax, served by JAX) or `torch` (safetensors, served by PyTorch).
     """
     directory.mkdir(parents=True, exist_ok=True)
     synthetic.train_tiny_tokenizer(directory / "tokenizer.model", vocab_size=VOCAB_SIZE)
     name = f"pi05_{robot}_tiny"
     policy_file = directory / f"{name}.json"
-    fields = {"extends": f"pi05_{robot}", "name": name, "model": MODEL, "tokenizer": "tokenizer.model"}
+    fields = {**ROBOTS[robot], "name": name, "model": MODEL, "tokenizer": "tokenizer.model"}
     policy_file.write_text(json.dumps(fields, indent=2) + "\n")
     checkpoint_dir = directory / f"{name}_{layout}"
     config = load_policy_config(policy_file)
-    synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, asset_ids=ASSETS[robot])
+    synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, asset_ids=ASSETS)
     return TinyPolicy(policy_file, checkpoint_dir)
