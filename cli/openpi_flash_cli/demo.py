@@ -93,12 +93,12 @@ def drive(console: Console, grpc_port: int, calls: int) -> None:
     with GrpcPolicy("127.0.0.1", grpc_port, connect_timeout_s=STARTUP_TIMEOUT_S, timeout_s=60) as policy:
         metadata = policy.get_server_metadata()
         console.print(f"[bold]3. {metadata['model_config_name']} on {metadata['backend']}, driven at {CONTROL_HZ} Hz")
+        sizes = {spec["path"]: {"height": spec["height"], "width": spec["width"]} for spec in metadata["image_specs"]}
         splits: list[dict[str, float]] = []
         answer: dict[str, Any] = {}
         for step in range(calls):
             observation = {
-                "observation/exterior_image_1_left": camera_picture(0, step),
-                "observation/wrist_image_left": camera_picture(1, step),
+                **{path: camera_picture(view, step, **size) for view, (path, size) in enumerate(sizes.items())},
                 "observation/joint_position": 0.5 * np.sin(np.arange(7) + step / 10),
                 "observation/gripper_position": np.array([0.5]),
                 "prompt": "put the red block into the bowl",

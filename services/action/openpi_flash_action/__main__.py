@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings(parser.parse_args(arguments).config)
         setup_logging(settings.log, "action")
+        logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every accelerator that is not there
         asyncio.run(serve(settings))
     except (ModelsError, SettingsError, AcceleratorLostError) as error:
         print(f"openpi-flash-action: {error}", file=sys.stderr)
