@@ -56,15 +56,16 @@ format: .venv/.dev ## Format everything
 	.venv/bin/ruff format .
 	cd proto && ../.venv/bin/buf format --write
 
-AGAINST ?= $(shell git rev-parse --quiet --verify origin/main~0 || git rev-parse --quiet --verify HEAD~1 || git rev-parse HEAD)
-proto-breaking: .venv/.dev ## Wire compatibility with AGAINST (default: origin/main)
+# The state before the newest change of the wire.
+AGAINST ?= $(shell git log -2 --format=%H -- proto/openpi_flash | tail -1)
+proto-breaking: .venv/.dev ## Wire compatibility with AGAINST (default: before the newest change)
 	.venv/bin/buf breaking proto --against '.git#ref=$(AGAINST),subdir=proto'
 
 DIR ?= tests/data/golden
 golden: .venv/.dev ## Compare both backends with openpi's own numbers in DIR
 	$(PY) -m openpi_flash_models.golden $(DIR)
 
-smoke-full-size: .venv/.dev ## Write, load and serve a full-size random pi0.5 on the CPU (27 GB of disk, minutes)
+smoke-full-size: .venv/.dev ## Write, load and serve a full-size random pi0.5 on the CPU (14 GB of disk, minutes)
 	$(PY) benchmarks/smoke_full_size.py
 
 bench-overhead: .venv/.dev $(STOCK_CLIENT) ## Time outside the model, beside openpi's own arrangement
