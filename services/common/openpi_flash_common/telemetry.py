@@ -72,9 +72,6 @@ class Span:
         match = _TRACEPARENT.fullmatch(self.context.traceparent)
         return match[1] if match else ""
 
-    def set(self, key: str, value: str | int | float | bool) -> None:
-        """Attaches an attribute."""
-
 
 _NO_SPAN = Span(NO_TRACE)
 _current: ContextVar[Span] = ContextVar("openpi_flash_span")
@@ -90,13 +87,11 @@ class Telemetry:
 
     Attributes:
         metrics: instruments to count with; while metrics are off they do nothing.
-        tracing: whether spans are recorded; asks before work that only a trace needs.
         metrics_port: where metrics are served; None while they are off.
     """
 
     def __init__(self, tracer: "_Tracer | None" = None, metrics: "Metrics | None" = None) -> None:
         self._tracer = tracer
-        self.tracing = tracer is not None
         self.metrics = metrics or Metrics(None)
         self.metrics_port: int | None = None
 
@@ -289,6 +284,3 @@ class _RecordedSpan(Span):
             # The class says what went wrong; the message may hold what the robot sent.
             self.span.set_status(Status(StatusCode.ERROR, type(error).__name__))
         self.span.end()
-
-    def set(self, key: str, value: str | int | float | bool) -> None:
-        self.span.set_attribute(key, value)
