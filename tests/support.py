@@ -58,7 +58,9 @@ class Engine:
         return self.process.wait(60)
 
 
-def start_engine(tiny: TinyPolicy, directory: Path, **action: Any) -> Engine:
+def start_engine(
+    tiny: TinyPolicy, directory: Path, *, telemetry: dict[str, Any] | None = None, **action: Any
+) -> Engine:
     """Starts an engine for a tiny policy on free ports; does not wait for it."""
     grpc_port, action_port, websocket_port = free_ports(3)
     settings = {
@@ -77,6 +79,7 @@ def start_engine(tiny: TinyPolicy, directory: Path, **action: Any) -> Engine:
             "unix_socket_path": f"{tempfile.mkdtemp(prefix='opf-')}/s",
         },
         "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port},
+        "telemetry": telemetry or {},
     }
     path = directory / "settings.json"
     path.write_text(json.dumps(settings))

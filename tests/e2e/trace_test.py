@@ -1,0 +1,54 @@
+"""One trace from the robot's call, through gateway and action service, to the model; and metrics of both."""
+
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from openpi_flash_cli.demo import free_ports
+from openpi_flash_cli.tiny import TinyPolicy
+from openpi_flash_client import GrpcPolicy
+
+from tests.collector import Collector
+from tests.support import READY, start_engine
+
+TRACE_ID, ROBOT_SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def test_one_trace_leads_from_the_robot_to_the_model(
+    tiny_policies: dict[str, TinyPolicy], tmp_path: Path, observation: dict[str, Any]
+):
+    collector = Collector()
+    gateway_metrics, action_metrics = free_ports(2)
+    telemetry = {
+        "otlp_endpoint": collector.endpoint,
+        "metrics": True,
+        "gateway_metrics_port": gateway_metrics,
+        "action_metrics_port": action_metrics,
+    }
+    engine = start_engine(tiny_policies["jax"], tmp_path, telemetry=telemetry, max_batch_size=1)
+    try:
+        engine.wait_for(READY)
+        with GrpcPolicy("127.0.0.1", engine.grpc_port) as client:
+            client.infer(observation, traceparent=f"00-{TRACE_ID}-{ROBOT_SPAN_ID}-01")
+        for port, sample in (
+            (gateway_metrics, 'openpi_flash_requests_total{code="OK",method="PolicyService/InferStream"} 1.0'),
+            (action_metrics, "openpi_flash_model_seconds_count 1.0"),
+        ):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+                assert sample in page.read().decode()
+        assert engine.stop() == 0  # sends what is left
+        deadline = time.monotonic() + 20
+        while "model" not in {span.name for span in collector.spans} and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        engine.process.kill()
+        collector.stop()
+    ours = {span.span_id.hex(): span for span in collector.spans if span.trace_id.hex() == TRACE_ID}
+    span = next(span for span in ours.values() if span.name == "model")
+    path = [span.name]
+    while span.parent_span_id.hex() != ROBOT_SPAN_ID:
+        span = ours[span.parent_span_id.hex()]
+        path.append(span.name)
+    assert path == ["model", "ActionService/InferStream", "PolicyService/InferStream"]
+    assert collector.services == {"openpi-flash-gateway", "openpi-flash-action"}
