@@ -226,7 +226,8 @@ def test_layers_in_decoding_are_those_of_the_prefix(golden):
         cache=model.Cache(room, room),
     )
     prefix = decode.Prefix(cache, valid[:, :1], jnp.ones(1, jnp.int32))
+    forward = jax.jit(decode.forward, static_argnames="config")
     for steps in (1, 2, 3):
-        hidden, cache = decode.forward(config, golden.weights, prefix, written._replace(steps=jnp.int32(steps)))
+        hidden, cache = forward(config, golden.weights, prefix, written._replace(steps=jnp.int32(steps)))
         written = written._replace(cache=cache)
     np.testing.assert_allclose(decode.tied_logits(golden.weights, hidden), expected, atol=1e-4)
