@@ -78,6 +78,8 @@ def test_a_shape_is_compiled_once():
     golden = GoldenModel(GOLDEN / "pi05_a", ["jax"])
     backend = golden.backends["jax"]
     request = prepared_request(golden.config, read_case(golden.path / "case0.npz"), 0, 2)
+    compiled = []  # of all backends of this process: jit keeps programs by function
     for noise in (request.noise, request.noise + 1):
         backend.sample_actions(assemble([dataclasses.replace(request, noise=noise)]))
-    assert backend._run._cache_size() == 1
+        compiled.append(backend._run._cache_size())
+    assert compiled[0] == compiled[1] > 0
