@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +56,9 @@ class GenerationOptions:
         object.__setattr__(self, "template", template)
         tokens, top_k, temperature = as_int(self.max_generation_tokens), as_int(self.top_k), self.temperature
         if tokens is None or not 1 <= tokens <= CAPACITY:
-            raise PolicyConfigError(f"max_generation_tokens: expected 1 to {CAPACITY}, got {tokens!r}")
+            raise PolicyConfigError(
+                f"max_generation_tokens: expected 1 to {CAPACITY}, got {self.max_generation_tokens!r}"
+            )
         if top_k is None or top_k < 0:
             raise PolicyConfigError(f"top_k: expected at least 0, got {self.top_k!r}")
         if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
@@ -147,7 +150,6 @@ class Planner:
         self.batch_sizes = batch_sizes(max_batch_size)
         self._tokenizer = tokenizer
         self._resize = Resizer(config.model.vision.image_size, max(len(robot.used_cameras) for robot in config.robots))
-        self._fresh = np.random.SeedSequence()
 
     @property
     def image_specs(self) -> tuple[ImageSpec, ...]:
@@ -199,7 +201,7 @@ class Planner:
             images=images,
             tokens=tokens,
             options=options,
-            seed=self._random_seed() if seed is None else parse_seed(seed),
+            seed=secrets.randbits(64) if seed is None else parse_seed(seed),
             shape_key=PlanKey(len(images), self.config.model.prompt_bucket(len(tokens))),
             deterministic=seed is not None,
         )
@@ -278,9 +280,6 @@ class Planner:
         known = "; ".join(f"{robot.name}: {', '.join(entry.path for entry in robot.used_cameras)}" for robot in robots)
         message = f"no camera of a robot that this planner knows ({known}); the observation has "
         raise InvalidObservationError("observation", message + (", ".join(observation) or "nothing"))
-
-    def _random_seed(self) -> int:
-        return int(self._fresh.spawn(1)[0].generate_state(1, np.uint64)[0])
 
     def _subtask(self, ids: Sequence[int]) -> GeneratedSubtask:
         return GeneratedSubtask(self._tokenizer.decode(ids).strip(), tuple(ids))

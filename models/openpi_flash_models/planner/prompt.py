@@ -13,14 +13,12 @@ _PUNCTUATION = ".,;:!?"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A text with named places in it.
+    """A text with named places in it, e.g. `Task: {task}. Subtask: `. A brace is written twice.
 
     Attributes:
-        text: as it was written, e.g. `Task: {task}. Subtask: `; a brace is written twice.
         parts: literal text, and the name of the place behind it (None at the end).
     """
 
-    text: str
     parts: tuple[tuple[str, str | None], ...]
 
     @classmethod
@@ -43,7 +41,7 @@ class Template:
         places = {name for _, name, _, _ in parsed if name is not None}
         if places != set(names) or any(spec or conversion for _, _, spec, conversion in parsed):
             raise PolicyConfigError(f"{field}: expected a text with {expected} and no other place, got {text!r}")
-        return cls(text, tuple((literal, name) for literal, name, _, _ in parsed))
+        return cls(tuple((literal, name) for literal, name, _, _ in parsed))
 
     def fill(self, **values: str) -> str:
         """The text with its places filled."""
