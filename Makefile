@@ -8,7 +8,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .cache/uv/bin/uv)
 PY := .venv/bin/python
 SOURCES := $(shell git ls-files --cached --others --exclude-standard '*pyproject.toml' 'proto/*.proto' proto/hatch_build.py)
 
-.PHONY: help demo test lint format golden smoke-full-size bench-overhead proto-breaking stubs lock clean
+.PHONY: help demo install test lint format golden smoke-full-size bench-overhead proto-breaking stubs lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -39,6 +39,8 @@ $(STOCK_CLIENT): requirements/openpi-client.txt | $(filter .cache/%,$(UV))
 
 demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like pictures (no GPU, no PyTorch)
 	.venv/bin/openpi-flash demo
+
+install: .venv/.dev ## Everything into .venv, both backends
 
 test: .venv/.dev $(STOCK_CLIENT) ## All tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
