@@ -57,6 +57,16 @@ class PreparedPolicyRequest:
     request: PreparedRequest
     state: np.ndarray
 
+    @property
+    def shape_key(self) -> ShapeKey:
+        """What must agree for two requests to share a model call."""
+        return self.request.shape_key
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether it runs alone."""
+        return self.request.deterministic
+
 
 class Policy:
     """The pipeline around a loaded model. `prepare` and `finish` may run in any thread, `run` and `warm_up` in one.

@@ -100,10 +100,12 @@ class GeneratedSubtask:
     Attributes:
         text: in words, without outer white space.
         token_ids: as the model wrote them, the end token included where it came to one.
+        is_whole: false for a beginning.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    is_whole: bool
 
     @property
     def num_tokens(self) -> int:
@@ -220,7 +222,7 @@ class Planner:
             raise ValueError(f"{len(prepared)} requests in a batch of at most {self.batch_sizes[-1]}")
         rows = next(n for n in self.batch_sizes if n >= len(prepared))
         draft = self.decoder.advance(self.decoder.start(assemble(prepared, batch_size=rows)))
-        return [self._subtask(ids) for ids in draft.token_ids()[: len(prepared)]]
+        return [self._subtask(ids, is_whole=True) for ids in draft.token_ids()[: len(prepared)]]
 
     def stream(self, prepared: PreparedPlan) -> Iterator[GeneratedSubtask]:
         """Writes the same subtask as `run` of this one alone, and yields it again with each token that is added.
@@ -229,9 +231,9 @@ class Planner:
         """
         draft = self.decoder.start(assemble([prepared]))
         while True:
-            (ids,) = draft.token_ids()
-            yield self._subtask(ids)
-            if draft.is_done:
+            (ids,), is_whole = draft.token_ids(), draft.is_done
+            yield self._subtask(ids, is_whole=is_whole)
+            if is_whole:
                 return
             draft = self.decoder.advance(draft, until=len(ids) + 1)
 
@@ -281,8 +283,8 @@ class Planner:
         message = f"no camera of a robot that this planner knows ({known}); the observation has "
         raise InvalidObservationError("observation", message + (", ".join(observation) or "nothing"))
 
-    def _subtask(self, ids: Sequence[int]) -> GeneratedSubtask:
-        return GeneratedSubtask(self._tokenizer.decode(ids).strip(), tuple(ids))
+    def _subtask(self, ids: Sequence[int], *, is_whole: bool) -> GeneratedSubtask:
+        return GeneratedSubtask(self._tokenizer.decode(ids).strip(), tuple(ids), is_whole)
 
 
 def assemble(plans: Sequence[PreparedPlan], *, batch_size: int | None = None) -> Batch:

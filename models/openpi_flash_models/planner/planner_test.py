@@ -129,6 +129,7 @@ def test_streaming_gives_what_the_loop_gives_token_by_token(planner):
         (whole,) = planner.run([prepared])
         parts = list(planner.stream(prepared))
         assert parts[-1] == whole
+        assert [part.is_whole for part in parts] == [*[False] * (whole.num_tokens - 1), True]
         assert [part.num_tokens for part in parts] == list(range(1, whole.num_tokens + 1))
         assert all(later.text.startswith(part.text) for part, later in itertools.pairwise(parts))
 

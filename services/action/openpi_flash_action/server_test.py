@@ -1,14 +1,9 @@
 """The action service in a process of its own, with a small random checkpoint: start, readiness, stop, and what it says
 about settings and files that cannot be used."""
 
-import asyncio
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +13,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from openpi_flash.v1 import action_pb2_grpc, inference_pb2, types_pb2
 from openpi_flash_common.codec import tensor_from_proto, tensor_to_proto
+from openpi_flash_common.model_server import select_shapes
+from openpi_flash_common.process_test import Process
 from openpi_flash_common.settings import SettingsError, WarmUpSettings
 from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.load import load_policy
 from openpi_flash_models.policy import Policy, WarmUpShape
 from openpi_flash_models.policy_configs import load_policy_config
-
-from openpi_flash_action.server import select_shapes
 
 TOKENIZER = Path(__file__).parents[3] / "tests/data/golden/tokenizer/tiny_visible.model"
 MODEL = {
@@ -51,65 +46,22 @@ def files(tmp_path_factory) -> Path:
     return directory
 
 
-class Process:
-    """`python -m openpi_flash_action` with settings of its own, on a free port that its log names."""
-
-    def __init__(self, directory: Path, files: Path, **action: Any) -> None:
-        settings = {
-            "action": {
-                "model_config_name": str(files / "policy.json"),
-                "checkpoint_dir": str(files / "checkpoint"),
-                "precision": "float32",
-                "device": "cpu",
-                "num_steps": 3,
-                "max_batch_size": 2,
-                "grpc_port": 0,
-                **action,
-            }
-        }
-        path = directory / "settings.json"
-        path.write_text(json.dumps(settings))
-        self.log: list[str] = []
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "openpi_flash_action", "--config", str(path)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self._process.stderr is not None
-        self._stderr = self._process.stderr
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._stderr.close()
-
-    async def line_with(self, part: str) -> str:
-        """Reads the log up to a line that holds `part`."""
-        while line := await asyncio.to_thread(self._stderr.readline):
-            self.log.append(line.rstrip())
-            if part in line:
-                return line
-        raise AssertionError(f"no {part!r} in the log:\n" + "\n".join(self.log))
-
-    async def address(self) -> str:
-        return (await self.line_with("address=")).split("address=")[1].strip()
-
-    async def end(self) -> int:
-        """Reads the rest of the log; the exit code."""
-        self.log += (await asyncio.to_thread(self._stderr.read)).splitlines()
-        return await asyncio.to_thread(self._process.wait, 60)
-
-    def terminate(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-
-
 @pytest.fixture
 def start(tmp_path, files):
     processes = []
 
     def start(**action: Any) -> Process:
-        processes.append(Process(tmp_path, files, **action))
+        settings = {
+            "model_config_name": str(files / "policy.json"),
+            "checkpoint_dir": str(files / "checkpoint"),
+            "precision": "float32",
+            "device": "cpu",
+            "num_steps": 3,
+            "max_batch_size": 2,
+            "grpc_port": 0,
+            **action,
+        }
+        processes.append(Process("openpi_flash_action", tmp_path, {"action": settings}))
         return processes[-1]
 
     yield start
@@ -204,10 +156,11 @@ async def test_a_checkpoint_without_a_tensor_names_it(start, files, tmp_path):
 
 def test_warm_up_shapes_follow_the_settings(files):
     policy = load_directly(files)
-    assert select_shapes(policy, WarmUpSettings()) == policy.warm_up_shapes()
+    shapes = policy.warm_up_shapes()
+    assert select_shapes(shapes, WarmUpSettings(), "action") == shapes
     bucket = policy.prompt_buckets[0]
-    assert select_shapes(policy, WarmUpSettings(batch_sizes=(1,), prompt_buckets=(bucket,))) == [
+    assert select_shapes(shapes, WarmUpSettings(batch_sizes=(1,), prompt_buckets=(bucket,)), "action") == [
         WarmUpShape(1, num_views, bucket) for num_views in reversed(policy.view_counts)
     ]
     with pytest.raises(SettingsError, match="prompt_buckets: 7 cannot occur"):
-        select_shapes(policy, WarmUpSettings(prompt_buckets=(7,)))
+        select_shapes(shapes, WarmUpSettings(prompt_buckets=(7,)), "action")

@@ -11,7 +11,12 @@ import grpc
 import numpy as np
 from google.protobuf import struct_pb2
 from openpi_flash.v1 import action_pb2, action_pb2_grpc, inference_pb2, types_pb2
-from openpi_flash_common.codec import observation_from_proto, tensor_from_proto, tensor_to_proto
+from openpi_flash_common.codec import (
+    image_specs_to_proto,
+    observation_from_proto,
+    tensor_from_proto,
+    tensor_to_proto,
+)
 from openpi_flash_common.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -20,12 +25,11 @@ from openpi_flash_common.errors import (
     error_to_proto,
 )
 from openpi_flash_common.grpc_server import GrpcServer
+from openpi_flash_common.scheduler import Scheduler
 from openpi_flash_common.telemetry import Span, Telemetry, TraceContext, current_span
 from openpi_flash_models.errors import InvalidObservationError
 from openpi_flash_models.images import ImageLayout
 from openpi_flash_models.policy import Policy, PreparedPolicyRequest
-
-from openpi_flash_action.scheduler import Scheduler
 
 SERVICE: str = action_pb2.DESCRIPTOR.services_by_name["ActionService"].full_name
 
@@ -96,11 +100,11 @@ class ActionServicer(action_pb2_grpc.ActionServiceServicer):
         prepare = functools.partial(_prepare, policy, request)
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._scheduler.infer(policy, prepare, deadline, span)
+                answer = await self._scheduler.infer(policy, prepare, deadline, span, policy.finish)
         except TimeoutError:
             raise DeadlineExceededError("the request's time ran out before the actions were there") from None
         response = inference_pb2.InferResponse(
-            tensors={name: tensor_to_proto(array, name) for name, array in answer.tensors.items()},
+            tensors={name: tensor_to_proto(array, name) for name, array in answer.result.items()},
             timing=types_pb2.Timing(
                 queue_ms=answer.queue_ms,
                 preprocess_ms=answer.preprocess_ms,
@@ -120,11 +124,8 @@ class ActionServicer(action_pb2_grpc.ActionServiceServicer):
 
 def _prepare(policy: Policy, request: inference_pb2.InferRequest) -> PreparedPolicyRequest:
     """Decodes and prepares a request; what `models` finds wrong with it becomes the services' error."""
-    observation, prompt = observation_from_proto(request.observation)
-    for spec in policy.image_specs:
-        # A typed image knows its own axes; a robot's transform expects those that it documents.
-        if spec.layout is ImageLayout.CHW and spec.path in request.observation.images:
-            observation[spec.path] = observation[spec.path].transpose(2, 0, 1)
+    channels_first = {spec.path for spec in policy.image_specs if spec.layout is ImageLayout.CHW}
+    observation, prompt = observation_from_proto(request.observation, channels_first)
     noise: np.ndarray | None = None
     if request.HasField("noise"):
         noise = tensor_from_proto(request.noise, "noise")
@@ -163,18 +164,7 @@ def _metadata(policy: Policy) -> inference_pb2.GetMetadataResponse:
         robot_action_dim=policy.robot_action_dim,
         default_num_steps=policy.default_num_steps,
         default_prompt=policy.default_prompt or "",
-        image_specs=[
-            types_pb2.ImageSpec(
-                path=spec.path,
-                height=spec.height,
-                width=spec.width,
-                layout=f"IMAGE_LAYOUT_{spec.layout.upper()}",
-                dtype=types_pb2.DTYPE_UINT8,
-                encoding=types_pb2.IMAGE_ENCODING_RAW,
-                required=spec.required,
-            )
-            for spec in policy.image_specs
-        ],
+        image_specs=image_specs_to_proto(policy.image_specs),
         tensor_specs=[
             types_pb2.TensorSpec(
                 path=spec.path,

@@ -14,6 +14,7 @@ from openpi_flash.v1 import action_pb2_grpc, inference_pb2, types_pb2
 from openpi_flash_common.codec import tensor_from_proto, tensor_to_proto
 from openpi_flash_common.errors import from_rpc_error
 from openpi_flash_common.grpc_server import GrpcServer
+from openpi_flash_common.scheduler import Scheduler
 from openpi_flash_common.settings import TelemetrySettings
 from openpi_flash_common.telemetry import Telemetry, setup
 from openpi_flash_common.telemetry_test import CALLER, TRACE_ID, Collector, scrape
@@ -23,7 +24,6 @@ from openpi_flash_models.policy_configs import load_policy_config
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.tokenizer import PromptTokenizer
 
-from openpi_flash_action.scheduler import Scheduler
 from openpi_flash_action.service import SERVICE, ActionServicer
 
 TOKENIZER = PromptTokenizer(Path(__file__).parents[3] / "tests/data/golden/tokenizer/tiny_visible.model")

@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections.abc import Container, Iterable
+from typing import Protocol
 
 import numpy as np
 from openpi_flash.v1 import types_pb2
@@ -96,8 +98,14 @@ def image_from_proto(image: types_pb2.Image, field: str) -> np.ndarray:
     raise InvalidArgumentError(f"{field}: encoding {image.encoding} is not one of RAW, JPEG and PNG", field)
 
 
-def observation_from_proto(observation: types_pb2.Observation) -> tuple[dict[str, np.ndarray], str | None]:
+def observation_from_proto(
+    observation: types_pb2.Observation, channels_first: Container[str] = ()
+) -> tuple[dict[str, np.ndarray], str | None]:
     """Unpacks an observation into named arrays and its prompt (None when unset).
+
+    Args:
+        channels_first: names of pictures that are handed out as (3, height, width). A typed image knows its own axes;
+            a robot's transform expects those that it documents.
 
     Raises:
         InvalidArgumentError: as tensor_from_proto and image_from_proto, or a name that is both a tensor and an image.
@@ -106,8 +114,40 @@ def observation_from_proto(observation: types_pb2.Observation) -> tuple[dict[str
     for name, image in observation.images.items():
         if name in arrays:
             raise InvalidArgumentError(f"{name}: sent both as a tensor and as an image; one is expected", name)
-        arrays[name] = image_from_proto(image, name)
+        picture = image_from_proto(image, name)
+        arrays[name] = picture.transpose(2, 0, 1) if name in channels_first else picture
     return arrays, observation.prompt if observation.HasField("prompt") else None
+
+
+class ImageSpec(Protocol):
+    """What of a model's camera is sent; the layout is `chw`, `hwc` or `either`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def required(self) -> bool: ...
+
+
+def image_specs_to_proto(specs: Iterable[ImageSpec]) -> list[types_pb2.ImageSpec]:
+    """The cameras of a model, for its metadata."""
+    return [
+        types_pb2.ImageSpec(
+            path=spec.path,
+            height=spec.height,
+            width=spec.width,
+            layout=f"IMAGE_LAYOUT_{spec.layout.upper()}",
+            dtype=types_pb2.DTYPE_UINT8,
+            encoding=types_pb2.IMAGE_ENCODING_RAW,
+            required=spec.required,
+        )
+        for spec in specs
+    ]
 
 
 def _raw_image(image: types_pb2.Image, field: str) -> np.ndarray:

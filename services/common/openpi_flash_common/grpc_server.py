@@ -273,9 +273,13 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                 try:
                     result = behaviour(request, context)
                     if inspect.isasyncgen(result):
-                        with activity.busy():
-                            async for response in result:
-                                await context.write(response)
+                        with (
+                            activity.busy(),
+                            telemetry.request(name, TraceContext.from_metadata(context.invocation_metadata())),
+                        ):
+                            async with contextlib.aclosing(result):  # a call that is given up ends its work at once
+                                async for response in result:
+                                    await context.write(response)
                     else:
                         await result
                 except grpc.aio.AbortError:

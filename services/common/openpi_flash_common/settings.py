@@ -89,18 +89,11 @@ class WarmUpSettings(_Section):
     )
 
 
-class ActionSettings(_Section):
-    """The action service: one policy on one accelerator."""
+class ModelSettings(_Section):
+    """What every service around one model on one accelerator has."""
 
-    model_config_name: str = Field(
-        description="One of openpi's config names, e.g. `pi05_droid`, or a config file's path."
-    )
-    checkpoint_dir: str = Field(description="Local path, `gs://` or `hf://` location of the checkpoint.")
     default_prompt: str | None = Field(
         default=None, description="Used when an observation has no prompt; null: the config's own."
-    )
-    backend: Literal["auto", "torch", "jax"] = Field(
-        default="auto", description="auto: by what the checkpoint contains."
     )
     device: str = Field(
         default="auto",
@@ -108,7 +101,6 @@ class ActionSettings(_Section):
         pattern=r"^[a-z]+(:\d+)?$",
     )
     precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="What the model computes in.")
-    num_steps: int = Field(default=10, ge=1, le=100, description="Flow steps of a request that names none.")
     max_batch_size: int = Field(default=4, ge=1, description="Most waiting requests that share a model call.")
     queue_size: int = Field(
         default=16, ge=1, description="Most requests that wait for the accelerator; more are refused at once."
@@ -117,10 +109,24 @@ class ActionSettings(_Section):
         default=WarmUpSettings(), description="What is compiled before the service is ready."
     )
     host: str = Field(default="127.0.0.1", description="Address on which the service listens.")
-    grpc_port: Port = Field(default=50052, description="gRPC port of ActionService.")
+    grpc_port: Port = Field(default=0, description="gRPC port of the service; 0: any free one.")
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 16, description="Largest message, in either direction.")
     tls: TlsSettings | None = Field(default=None, description="null: plain text.")
     auth: AuthSettings | None = Field(default=None, description="null: no token is asked for.")
+
+
+class ActionSettings(ModelSettings):
+    """The action service: one policy on one accelerator."""
+
+    model_config_name: str = Field(
+        description="One of openpi's config names, e.g. `pi05_droid`, or a config file's path."
+    )
+    checkpoint_dir: str = Field(description="Local path, `gs://` or `hf://` location of the checkpoint.")
+    backend: Literal["auto", "torch", "jax"] = Field(
+        default="auto", description="auto: by what the checkpoint contains."
+    )
+    num_steps: int = Field(default=10, ge=1, le=100, description="Flow steps of a request that names none.")
+    grpc_port: Port = Field(default=50052, description="gRPC port of ActionService.")
 
 
 class IntervalCadence(_Section):
@@ -159,11 +165,14 @@ def _template(*placeholders: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class PlannerSettings(_Section):
+class PlannerSettings(ModelSettings):
     """The planner service: a pi0.5 model that writes subtasks."""
 
     checkpoint_dir: str = Field(description="Local path, `gs://` or `hf://` location of the checkpoint.")
-    model_config_name: str = Field(default="pi05_subtask", description="Name of the planner's model configuration.")
+    model_config_name: str = Field(
+        default="pi05_subtask",
+        description="`pi05_subtask`, one of openpi's pi0.5 config names, or a config file's path.",
+    )
     max_generation_tokens: int = Field(default=20, ge=1, le=256, description="Most tokens of a subtask.")
     generation_prompt_format: Annotated[str, _template("task")] = Field(
         default="Task: {task}. Subtask: ", description="How the task is put to the planner; holds `{task}`."
@@ -179,10 +188,7 @@ class PlannerSettings(_Section):
         default=0.0, ge=0, le=10, allow_inf_nan=False, description="0: always the likeliest token."
     )
     top_k: int = Field(default=0, ge=0, description="Candidates when sampling; 0: all.")
-    host: str = Field(default="127.0.0.1", description="Address on which the service listens.")
     grpc_port: Port = Field(default=50053, description="gRPC port of PlannerService.")
-    tls: TlsSettings | None = Field(default=None, description="null: plain text.")
-    auth: AuthSettings | None = Field(default=None, description="null: no token is asked for.")
 
 
 class ActionTransportSettings(_Section):

@@ -6,11 +6,10 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import numpy as np
 from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
 from openpi_flash_common.telemetry import Span, Telemetry
 
@@ -19,15 +18,28 @@ logger = logging.getLogger(__name__)
 PREPARING_THREADS = 2
 
 
-class RunnablePolicy(Protocol):
-    """What of `openpi_flash_models.policy.Policy` the scheduler uses."""
+class Prepared(Protocol):
+    """What the scheduler looks at in a prepared request."""
+
+    @property
+    def shape_key(self) -> Hashable: ...
+    @property
+    def deterministic(self) -> bool: ...
+
+
+class RunnableModel(Protocol):
+    """What of a policy or a planner the scheduler uses."""
 
     @property
     def batch_sizes(self) -> tuple[int, ...]: ...
-    def run(self, prepared: list[Any]) -> list[np.ndarray]: ...
-    def finish(self, prepared: Any, model_actions: np.ndarray) -> dict[str, np.ndarray]: ...
+    def run(self, prepared: list[Any]) -> Sequence[Any]: ...
     def warm_up_shapes(self) -> list[Any]: ...
     def warm_up(self, shapes: list[Any]) -> None: ...
+
+
+def as_it_is(_: Any, output: Any) -> Any:
+    """The finish of a model whose outputs need none."""
+    return output
 
 
 class AcceleratorLostError(Exception):
@@ -36,15 +48,15 @@ class AcceleratorLostError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The result of one request, and where its time went.
+    """The result of one request, or a part of it, and where its time went so far.
 
     Attributes:
-        tensors: named results, `actions` among them.
+        result: what the request's `finish` or `write` gave.
         queue_ms: waiting, for a thread to be prepared in and for the accelerator.
         batch_size: requests in the model call.
     """
 
-    tensors: dict[str, np.ndarray]
+    result: Any
     queue_ms: float
     preprocess_ms: float
     model_ms: float
@@ -57,6 +69,7 @@ class _Job:
     """A prepared request that waits for the accelerator. Times are `time.monotonic()` seconds."""
 
     prepared: Any
+    finish: Callable[[Any, Any], Any]
     deadline: float
     span: Span
     waited_s: float
@@ -94,31 +107,36 @@ class Scheduler:
         """Runs something in the accelerator's thread, e.g. loading the model and warming it up."""
         return await asyncio.get_running_loop().run_in_executor(self._accelerator, function)
 
-    async def infer(self, policy: RunnablePolicy, prepare: Callable[[], Any], deadline: float, span: Span) -> Answer:
+    async def infer(
+        self,
+        model: RunnableModel,
+        prepare: Callable[[], Prepared],
+        deadline: float,
+        span: Span,
+        finish: Callable[[Any, Any], Any] = as_it_is,
+    ) -> Answer:
         """Prepares a request and has it answered. Cancelling the call drops what has not reached the accelerator.
 
         Args:
-            policy: the one policy of this scheduler.
+            model: the one model of this scheduler.
             prepare: makes the prepared request; called in a thread.
             deadline: `time.monotonic()` seconds, after which the request must not reach the accelerator.
             span: the request's.
+            finish: from the prepared request and the model's output to the result.
 
         Raises:
             ResourceExhaustedError: too many wait already.
             DeadlineExceededError: its time was over before the accelerator was free.
             UnavailableError: the accelerator has failed for good.
-            Exception: what `prepare` or the model raised.
+            Exception: what `prepare`, the model or `finish` raised.
         """
-        if self._num_queued >= self._queue_size:
-            raise ResourceExhaustedError(
-                f"{self._num_queued} requests wait for the accelerator, as many as may; try again later"
-            )
+        self._check_free()
         arrived = time.monotonic()
         loop = asyncio.get_running_loop()
         if not self._working and not self._num_queued:
             # Nobody else is here: prepared where it runs, the request changes threads twice in place of four times.
-            job = _Job(None, deadline, span, 0.0, 0.0, arrived, loop.create_future())
-            self._start(policy, [job], functools.partial(self._prepare_and_run, policy, job, prepare))
+            job = _Job(None, finish, deadline, span, 0.0, 0.0, arrived, loop.create_future())
+            self._start(model, [job], functools.partial(self._prepare_and_run, model, job, prepare))
             return await job.answer
         self._count_queued(1)
         try:
@@ -129,10 +147,10 @@ class Scheduler:
             self._count_queued(-1)
             raise
         self._telemetry.record("prepare", span, started, ended)
-        job = _Job(prepared, deadline, span, started - arrived, ended - started, ended, loop.create_future())
+        job = _Job(prepared, finish, deadline, span, started - arrived, ended - started, ended, loop.create_future())
         self._waiting.append(job)
         if not self._working:
-            self._work(policy)
+            self._work(model)
         try:
             return await job.answer
         except asyncio.CancelledError:
@@ -141,14 +159,60 @@ class Scheduler:
                 self._count_queued(-1)
             raise
 
+    async def stream(
+        self,
+        model: RunnableModel,
+        prepare: Callable[[], Prepared],
+        deadline: float,
+        span: Span,
+        write: Callable[[Any], Iterator[Any]],
+    ) -> AsyncGenerator[Answer, None]:
+        """Prepares a request and has it answered in parts. Who stops asking ends the work.
+
+        Each part is a turn on the accelerator of its own: other streams and batches get theirs in between. A stream
+        takes one place of the queue until it ends.
+
+        Args:
+            model, prepare, deadline, span, raised errors: as those of `infer`; the deadline holds for each part.
+            write: from the prepared request to its parts; each is asked for in the accelerator's thread.
+        """
+        self._check_free()
+        arrived = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._count_queued(1)
+        try:
+            started, ended, prepared = await loop.run_in_executor(self._preparing, _timed, prepare, deadline)
+            self._telemetry.record("prepare", span, started, ended)
+            preprocess_s, queue_s, model_s = ended - started, started - arrived, 0.0
+            parts, waiting_since = write(prepared), ended
+            while True:
+                try:
+                    turn = await loop.run_in_executor(self._accelerator, self._write, model, parts, deadline)
+                except AcceleratorLostError as error:
+                    self._give_up([], error)
+                    raise _unavailable() from error
+                if turn is None:
+                    return
+                began, done, part = turn
+                queue_s += began - waiting_since
+                if not model_s:
+                    self._telemetry.record("queue", span, waiting_since, began)
+                    self._metrics.queue_wait_seconds.observe(queue_s)
+                self._telemetry.record("model", span, began, done, batch_size=1)
+                model_s += done - began
+                yield Answer(part, queue_s * 1e3, preprocess_s * 1e3, model_s * 1e3, 0.0, batch_size=1)
+                waiting_since = time.monotonic()
+        finally:
+            self._count_queued(-1)
+
     def close(self) -> None:
         """Ends the threads, once what they do is done."""
         self._preparing.shutdown()
         self._accelerator.shutdown()
 
-    def _work(self, policy: RunnablePolicy) -> None:
+    def _work(self, model: RunnableModel) -> None:
         """Hands the next batch to the accelerator's thread; comes back when it is done."""
-        batch = self._next_batch(policy.batch_sizes[-1])
+        batch = self._next_batch(model.batch_sizes[-1])
         if not batch:
             self._working = False
             return
@@ -157,12 +221,20 @@ class Scheduler:
             job.waited_s += started - job.queued
             self._telemetry.record("queue", job.span, job.queued, started)
             self._metrics.queue_wait_seconds.observe(job.waited_s)
-        self._start(policy, batch, functools.partial(self._run, policy, batch))
+        self._start(model, batch, functools.partial(self._run, model, batch))
 
-    def _start(self, policy: RunnablePolicy, batch: list[_Job], run: Callable[[], list[Answer | Exception]]) -> None:
+    def _check_free(self) -> None:
+        if self.lost.done():
+            raise _unavailable()
+        if self._num_queued >= self._queue_size:
+            raise ResourceExhaustedError(
+                f"{self._num_queued} requests wait for the accelerator, as many as may; try again later"
+            )
+
+    def _start(self, model: RunnableModel, batch: list[_Job], run: Callable[[], list[Answer | Exception]]) -> None:
         self._working = True
         future = asyncio.get_running_loop().run_in_executor(self._accelerator, run)
-        future.add_done_callback(lambda done: self._deliver(policy, batch, done))
+        future.add_done_callback(lambda done: self._deliver(model, batch, done))
 
     def _next_batch(self, max_batch_size: int) -> list[_Job]:
         """The oldest request that is still wanted, and what may share its model call."""
@@ -179,7 +251,7 @@ class Scheduler:
             elif not batch or _may_share(batch[0], job):
                 self._count_queued(-1)
                 batch.append(job)
-                if job.prepared.request.deterministic:
+                if job.prepared.deterministic:
                     break
             else:
                 kept.append(job)
@@ -188,7 +260,7 @@ class Scheduler:
         return batch
 
     def _prepare_and_run(
-        self, policy: RunnablePolicy, job: _Job, prepare: Callable[[], Any]
+        self, model: RunnableModel, job: _Job, prepare: Callable[[], Prepared]
     ) -> list[Answer | Exception]:
         """In the accelerator's thread: all of a request that found nobody waiting."""
         try:
@@ -200,41 +272,41 @@ class Scheduler:
         self._metrics.queue_wait_seconds.observe(job.waited_s)
         if job.answer.done() or job.deadline <= ended:
             return [_too_late()]
-        return self._run(policy, [job])
+        return self._run(model, [job])
 
-    def _run(self, policy: RunnablePolicy, batch: list[_Job]) -> list[Answer | Exception]:
+    def _run(self, model: RunnableModel, batch: list[_Job]) -> list[Answer | Exception]:
         """In the accelerator's thread: one model call, or, where it fails, one for each request.
 
         Raises:
             AcceleratorLostError: it is not the requests that are at fault.
         """
         try:
-            return self._call_model(policy, batch)
+            return self._call_model(model, batch)
         except Exception as error:
             if len(batch) == 1:
-                _check_accelerator(policy, error)
+                _check_accelerator(model, error)
                 return [error]
             logger.warning("a batch of %d failed; running its requests one by one", len(batch), exc_info=error)
-            return [answer for job in batch for answer in self._run(policy, [job])]
+            return [answer for job in batch for answer in self._run(model, [job])]
 
-    def _call_model(self, policy: RunnablePolicy, batch: list[_Job]) -> list[Answer | Exception]:
+    def _call_model(self, model: RunnableModel, batch: list[_Job]) -> list[Answer | Exception]:
         started = time.monotonic()
-        model_actions = policy.run([job.prepared for job in batch])
+        outputs = model.run([job.prepared for job in batch])
         ended = time.monotonic()
         self._metrics.batch_size.observe(len(batch))
         self._metrics.model_seconds.observe(ended - started)
         answers: list[Answer | Exception] = []
-        for job, actions in zip(batch, model_actions, strict=True):
+        for job, output in zip(batch, outputs, strict=True):
             self._telemetry.record("model", job.span, started, ended, batch_size=len(batch))
             finishing = time.monotonic()
             try:
-                tensors = policy.finish(job.prepared, actions)
+                result = job.finish(job.prepared, output)
             except Exception as error:
                 answers.append(error)
                 continue
             answers.append(
                 Answer(
-                    tensors=tensors,
+                    result=result,
                     queue_ms=job.waited_s * 1e3,
                     preprocess_ms=job.preprocess_s * 1e3,
                     model_ms=(ended - started) * 1e3,
@@ -244,14 +316,35 @@ class Scheduler:
             )
         return answers
 
-    def _deliver(
-        self, policy: RunnablePolicy, batch: list[_Job], done: asyncio.Future[list[Answer | Exception]]
-    ) -> None:
+    def _write(self, model: RunnableModel, parts: Iterator[Any], deadline: float) -> tuple[float, float, Any] | None:
+        """In the accelerator's thread: the next part, and when it began and ended; None: there is none.
+
+        Raises:
+            AcceleratorLostError: it is not the request that is at fault.
+        """
+        if self.lost.done():
+            raise _unavailable()
+        began = time.monotonic()
+        if deadline <= began:
+            raise _too_late()
+        try:
+            part = next(parts, None)
+        except Exception as error:
+            _check_accelerator(model, error)
+            raise
+        if part is None:
+            return None
+        done = time.monotonic()
+        self._metrics.batch_size.observe(1)
+        self._metrics.model_seconds.observe(done - began)
+        return began, done, part
+
+    def _deliver(self, model: RunnableModel, batch: list[_Job], done: asyncio.Future[list[Answer | Exception]]) -> None:
         error = done.exception()
         if error is not None:
             self._give_up(batch, error)
             return
-        self._work(policy)  # first the accelerator, then the answers
+        self._work(model)  # first the accelerator, then the answers
         for job, answer in zip(batch, done.result(), strict=True):
             if job.answer.done():  # given up while it ran
                 continue
@@ -261,20 +354,21 @@ class Scheduler:
                 job.answer.set_result(answer)
 
     def _give_up(self, batch: list[_Job], error: BaseException) -> None:
-        """Refuses everything from now on; `_working` stays set, so that nothing more reaches the accelerator."""
+        """Refuses everything from now on."""
         for job in (*batch, *self._waiting):
             if not job.answer.done():
                 job.answer.set_exception(_unavailable())
         self._count_queued(-len(self._waiting))
         self._waiting.clear()
-        self.lost.set_exception(error)
+        if not self.lost.done():  # a stream and a batch may both find out
+            self.lost.set_exception(error)
 
     def _count_queued(self, change: int) -> None:
         self._num_queued += change
         self._metrics.queue_depth.set(self._num_queued)
 
 
-def _timed(prepare: Callable[[], Any], deadline: float) -> tuple[float, float, Any]:
+def _timed(prepare: Callable[[], Prepared], deadline: float) -> tuple[float, float, Any]:
     started = time.monotonic()
     if deadline <= started:
         raise _too_late()
@@ -283,14 +377,14 @@ def _timed(prepare: Callable[[], Any], deadline: float) -> tuple[float, float, A
 
 
 def _may_share(first: _Job, other: _Job) -> bool:
-    one, two = first.prepared.request, other.prepared.request
+    one, two = first.prepared, other.prepared
     return one.shape_key == two.shape_key and not one.deterministic and not two.deterministic
 
 
-def _check_accelerator(policy: RunnablePolicy, failure: Exception) -> None:
+def _check_accelerator(model: RunnableModel, failure: Exception) -> None:
     """Tells a call that failed by itself from an accelerator that failed: one more call, of known-good inputs."""
     try:
-        policy.warm_up(policy.warm_up_shapes()[:1])
+        model.warm_up(model.warm_up_shapes()[:1])
     except Exception as error:
         raise AcceleratorLostError(f"the accelerator has failed: {failure}") from error
 

@@ -5,14 +5,14 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
 import numpy as np
 import pytest
-from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
-from openpi_flash_common.telemetry import NO_TRACE, Span, Telemetry
 
-from openpi_flash_action.scheduler import AcceleratorLostError, Answer, Scheduler
+from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from openpi_flash_common.scheduler import AcceleratorLostError, Answer, Scheduler
+from openpi_flash_common.telemetry import NO_TRACE, Span, Telemetry
 
 QUEUE_SIZE = 6
 
@@ -24,10 +24,6 @@ class Request:
     deterministic: bool = False
     poison: str = ""
     """Where it fails: `run`, `finish` or nowhere."""
-
-    @property
-    def request(self) -> "Request":
-        return self
 
 
 class GatedPolicy:
@@ -72,7 +68,21 @@ class Harness:
         return self.submit_prepare(lambda: Request(request) if isinstance(request, str) else request, deadline)
 
     def submit_prepare(self, prepare: Callable[[], Request], deadline: float = math.inf) -> asyncio.Task[Answer]:
-        return asyncio.ensure_future(self.scheduler.infer(self.policy, prepare, deadline, Span(NO_TRACE)))
+        policy = self.policy
+        return asyncio.ensure_future(self.scheduler.infer(policy, prepare, deadline, Span(NO_TRACE), policy.finish))
+
+    def stream(
+        self, name: str, num_parts: int, poison: str = "", deadline: float = math.inf
+    ) -> AsyncGenerator[Answer, None]:
+        """Parts are `name 0`, `name 1`, …; each is a call and waits for the gate."""
+
+        def write(prepared: Request) -> Iterator[str]:
+            for i in range(num_parts):
+                part = f"{prepared.name} {i}"
+                self.policy.run([Request(part, poison="run" if part == poison else "")])
+                yield part
+
+        return self.scheduler.stream(self.policy, lambda: Request(name), deadline, Span(NO_TRACE), write)
 
     async def occupy(self) -> asyncio.Task[Answer]:
         """Has the accelerator work on a request named `first` until the gate opens."""
@@ -108,7 +118,7 @@ async def harness() -> AsyncIterator[Harness]:
 async def test_a_lone_request_runs_at_once_and_its_times_are_told(harness):
     harness.policy.gate.set()
     answer = await harness.submit("lone")
-    np.testing.assert_array_equal(answer.tensors["actions"], [4, 4])
+    np.testing.assert_array_equal(answer.result["actions"], [4, 4])
     assert answer.batch_size == 1
     assert min(answer.queue_ms, answer.preprocess_ms, answer.model_ms, answer.postprocess_ms) >= 0
 
@@ -275,7 +285,7 @@ async def test_what_is_cancelled_while_it_runs_takes_nothing_along(harness):
     (second,) = await harness.submit_waiting("second")
     first.cancel()
     harness.policy.gate.set()
-    np.testing.assert_array_equal((await second).tensors["actions"], [6, 6])
+    np.testing.assert_array_equal((await second).result["actions"], [6, 6])
     assert first.cancelled()
 
 
@@ -303,3 +313,77 @@ async def test_an_accelerator_that_is_lost_refuses_all_that_waits_and_says_so(ha
     with pytest.raises(AcceleratorLostError, match="the model failed"):
         await harness.scheduler.lost
     assert harness.policy.calls == [["bad"]]
+
+
+async def test_a_stream_gives_its_parts_in_order_and_its_times_so_far(harness):
+    harness.policy.gate.set()
+    answers = [answer async for answer in harness.stream("s", 3)]
+    assert [answer.result for answer in answers] == ["s 0", "s 1", "s 2"]
+    times = [(answer.queue_ms, answer.model_ms) for answer in answers]
+    assert times == sorted(times)
+    assert {(answer.preprocess_ms, answer.batch_size) for answer in answers} == {(answers[0].preprocess_ms, 1)}
+
+
+async def test_between_two_parts_of_a_stream_others_have_their_turn(harness):
+    stream = asyncio.ensure_future(_results(harness.stream("s", 3)))
+    await harness.until(lambda: harness.policy.calls == [["s 0"]])
+    other = asyncio.ensure_future(_results(harness.stream("t", 3)))
+    await harness.until(lambda: harness.scheduler._accelerator._work_queue.qsize() == 1)
+    batch = harness.submit("b")
+    await harness.until(lambda: harness.scheduler._working)
+    harness.policy.gate.set()
+    assert (await batch).batch_size == 1
+    assert (await stream, await other) == (["s 0", "s 1", "s 2"], ["t 0", "t 1", "t 2"])
+    assert [names[0] for names in harness.policy.calls] == ["s 0", "t 0", "b", "s 1", "t 1", "s 2", "t 2"]
+
+
+async def test_a_stream_takes_a_place_until_it_ends_or_nobody_asks(harness):
+    harness.policy.gate.set()
+    streams = [harness.stream(str(i), 9) for i in range(QUEUE_SIZE)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(ResourceExhaustedError):
+        await anext(harness.stream("one too many", 1))
+    with pytest.raises(ResourceExhaustedError):
+        await harness.submit("one too many")
+    for stream in streams:
+        await stream.aclose()
+    assert harness.policy.calls == [[f"{i} 0"] for i in range(QUEUE_SIZE)]
+    assert (await harness.submit("later")).batch_size == 1
+
+
+async def test_a_streams_deadline_holds_between_its_parts(harness):
+    harness.policy.gate.set()
+    deadline = time.monotonic() + 1
+    stream = harness.stream("s", 3, deadline=deadline)
+    await anext(stream)
+    await harness.until(lambda: time.monotonic() > deadline)
+    with pytest.raises(DeadlineExceededError):
+        await anext(stream)
+    assert harness.policy.calls == [["s 0"]]
+
+
+async def test_a_stream_that_fails_fails_alone(harness):
+    harness.policy.gate.set()
+    stream = harness.stream("s", 3, poison="s 1")
+    await anext(stream)
+    with pytest.raises(RuntimeError, match="the model failed"):
+        await anext(stream)
+    assert await _results(harness.stream("t", 2)) == ["t 0", "t 1"]
+
+
+async def test_a_stream_that_finds_the_accelerator_lost_says_so(harness):
+    harness.policy.is_broken = True
+    harness.policy.gate.set()
+    with pytest.raises(UnavailableError):
+        await anext(harness.stream("s", 3, poison="s 0"))
+    for later in (harness.submit("b"), anext(harness.stream("t", 1))):
+        with pytest.raises(UnavailableError):
+            await later
+    with pytest.raises(AcceleratorLostError, match="the model failed"):
+        await harness.scheduler.lost
+    assert harness.policy.calls == [["s 0"]]
+
+
+async def _results(stream: AsyncGenerator[Answer, None]) -> list[str]:
+    return [answer.result async for answer in stream]

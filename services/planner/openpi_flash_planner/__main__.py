@@ -1,0 +1,20 @@
+"""The planner service's process."""
+
+import sys
+
+from openpi_flash_common.process import run_service
+from openpi_flash_common.scheduler import AcceleratorLostError
+from openpi_flash_models.errors import DownloadError, ModelsError
+
+from openpi_flash_planner.server import serve
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the planner service until SIGTERM; returns the exit status."""
+    return run_service(
+        "planner", serve, arguments, unusable=(ModelsError,), transient=(DownloadError, AcceleratorLostError)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
