@@ -91,7 +91,7 @@ class Scheduler:
     def __init__(self, queue_size: int, telemetry: Telemetry) -> None:
         """
         Args:
-            queue_size: most requests that are prepared or wait; more are refused at once.
+            queue_size: most requests that are prepared, wait, or are streams; more are refused at once.
         """
         self._queue_size = queue_size
         self._telemetry = telemetry

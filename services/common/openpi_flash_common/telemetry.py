@@ -187,7 +187,7 @@ class Metrics:
         )
         self.received_bytes = make("Counter", "received_bytes", "Bytes of request messages.", method)
         self.sent_bytes = make("Counter", "sent_bytes", "Bytes of response messages.", method)
-        self.queue_depth = make("Gauge", "queue_depth", "Requests being prepared or waiting for the accelerator.")
+        self.queue_depth = make("Gauge", "queue_depth", "Requests being prepared or waiting, and open streams.")
         self.queue_wait_seconds = make("Histogram", "queue_wait_seconds", "Wait for the accelerator.", buckets=seconds)
         self.batch_size = make(
             "Histogram", "batch_size", "Requests that shared a model call.", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32)

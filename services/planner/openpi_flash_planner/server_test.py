@@ -36,7 +36,7 @@ def files(tmp_path_factory) -> Path:
     (directory / "policy.json").write_text(json.dumps(fields))
     config = load_planner_config(directory / "policy.json")
     for layout in ("jax", "torch"):
-        make_checkpoint(directory / layout, config.model, layout=layout)
+        make_checkpoint(directory / layout, config.model, layout=layout, seed=2)
     return directory
 
 
