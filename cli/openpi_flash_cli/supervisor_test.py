@@ -3,13 +3,11 @@
 import asyncio
 import io
 import os
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-import pytest
 from openpi_flash_common.settings import EXIT_CONFIG
 
 from openpi_flash_cli.supervisor import Program, Supervisor
@@ -81,7 +79,6 @@ async def test_kills_what_ignores_sigterm():
     assert "still running 0.3 s after SIGTERM; killed" in log.getvalue()
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs util-linux's setpriv")
 async def test_children_do_not_outlive_a_killed_supervisor():
     code = (
         "import asyncio, sys; from openpi_flash_cli.supervisor import Program, Supervisor\n"
