@@ -23,6 +23,7 @@ _SUBTASK_STATUS = {
     inference_pb2.SUBTASK_STATUS_FRESH: "fresh",
     inference_pb2.SUBTASK_STATUS_REUSED: "reused",
     inference_pb2.SUBTASK_STATUS_FAILED: "failed",
+    inference_pb2.SUBTASK_STATUS_PENDING: "pending",
 }
 
 

@@ -68,7 +68,7 @@ class Service:
 
     async def until_running(self, calls: int) -> None:
         async with asyncio.timeout(20):
-            while self.backend.num_calls < calls:  # noqa: ASYNC110 - what happens in threads sets no event
+            while self.backend.num_calls < calls:
                 await asyncio.sleep(0.001)
 
 
@@ -292,7 +292,7 @@ async def test_a_call_that_is_given_up_never_reaches_the_accelerator(service):
         await service.stub.Infer(make_request(), timeout=0.3)
     cancelled.cancel()
     async with asyncio.timeout(20):
-        while service.scheduler._waiting or service.scheduler._num_queued:  # noqa: ASYNC110 - a peer's cancellation
+        while service.scheduler._waiting or service.scheduler._num_queued:
             await asyncio.sleep(0.001)
     service.backend.gate.set()
     await first

@@ -56,6 +56,7 @@ class GrpcServer:
         max_message_bytes: int = 64 << 20,
         max_concurrent_rpcs: int = 1024,
         drain_seconds: float = 30.0,
+        handles_signals: bool = True,
     ) -> None:
         """Describes a server; nothing listens yet.
 
@@ -65,6 +66,7 @@ class GrpcServer:
             addresses: `host:port` (port 0: any free one) or `unix:/path`. TLS is for TCP; a Unix socket is protected by
                 its file mode, 0600.
             drain_seconds: how long a stop waits for requests in flight.
+            handles_signals: False for a second server of the process, which the first one's stop is to stop.
         """
         self.ports: list[int] = []
         self._services = dict(services)
@@ -75,12 +77,13 @@ class GrpcServer:
         self._max_message_bytes = max_message_bytes
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._drain_seconds = drain_seconds
+        self._handles_signals = handles_signals
         self._health = health.aio.HealthServicer()
         self._activity = _Activity()
         self._stop = asyncio.Event()
 
     async def start(self) -> None:
-        """Listens. From now on SIGTERM and SIGINT end `run_until_stopped`; a second one ends the process at once.
+        """Listens. SIGTERM and SIGINT, if handled, end `run_until_stopped`; a second one ends the process at once.
 
         Raises:
             SettingsError: an address cannot be bound, or a certificate cannot be read.
@@ -102,7 +105,7 @@ class GrpcServer:
         )
         await self.set_serving(False)
         self.ports = [self._bind(address) for address in self._addresses]
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if self._handles_signals else ():
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         await self._server.start()
         for address, port in zip(self._addresses, self.ports, strict=True):

@@ -101,7 +101,7 @@ class Harness:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
-            while not condition():  # noqa: ASYNC110 - what happens in threads sets no event
+            while not condition():
                 await asyncio.sleep(0.001)
 
 

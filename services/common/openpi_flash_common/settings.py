@@ -165,14 +165,9 @@ def _template(*placeholders: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class PlannerSettings(ModelSettings):
-    """The planner service: a pi0.5 model that writes subtasks."""
+class PlannerTuning(_Section):
+    """What of the planner can be changed while it runs."""
 
-    checkpoint_dir: str = Field(description="Local path, `gs://` or `hf://` location of the checkpoint.")
-    model_config_name: str = Field(
-        default="pi05_subtask",
-        description="`pi05_subtask`, one of openpi's pi0.5 config names, or a config file's path.",
-    )
     max_generation_tokens: int = Field(default=20, ge=1, le=256, description="Most tokens of a subtask.")
     generation_prompt_format: Annotated[str, _template("task")] = Field(
         default="Task: {task}. Subtask: ", description="How the task is put to the planner; holds `{task}`."
@@ -180,18 +175,42 @@ class PlannerSettings(ModelSettings):
     action_prompt_template: Annotated[str, _template("task", "subtask")] = Field(
         default="{task}. Subtask: {subtask}", description="The action policy's prompt; holds `{task}` and `{subtask}`."
     )
+    temperature: float = Field(
+        default=0.0, ge=0, le=10, allow_inf_nan=False, description="0: always the likeliest token."
+    )
+    top_k: int = Field(default=0, ge=0, le=(1 << 32) - 1, description="Candidates when sampling; 0: all.")
     cadence: Cadence = Field(
         default="every_request",
         description='When a subtask is written: "every_request", {"interval_ms": N}, or "background" (nothing waits).',
     )
-    temperature: float = Field(
-        default=0.0, ge=0, le=10, allow_inf_nan=False, description="0: always the likeliest token."
+
+
+class PlannerSettings(ModelSettings, PlannerTuning):
+    """The planner service: a pi0.5 model that writes subtasks."""
+
+    checkpoint_dir: str = Field(description="Local path, `gs://` or `hf://` location of the checkpoint.")
+    model_config_name: str = Field(
+        default="pi05_subtask",
+        description="`pi05_subtask`, one of openpi's pi0.5 config names, or a config file's path.",
     )
-    top_k: int = Field(default=0, ge=0, description="Candidates when sampling; 0: all.")
+    timeout_ms: int = Field(
+        default=3000, ge=1, description="Most that an action waits for its subtask; then it goes without."
+    )
+    max_age_ms: int = Field(
+        default=10_000, ge=1, description="In the background cadence: age at which a subtask is no longer used."
+    )
     grpc_port: Port = Field(default=50053, description="gRPC port of PlannerService.")
 
 
-class ActionTransportSettings(_Section):
+class TransportSettings(_Section):
+    """Where robots reach one slot."""
+
+    websocket_port: Port = Field(description="TCP port of openpi's WebSocket protocol.")
+    quic_port: Port = Field(description="UDP port of the QUIC edge.")
+    unix_socket_path: Path = Field(description="Socket of the edge.")
+
+
+class ActionTransportSettings(TransportSettings):
     """Where robots reach the action policy, or the combination of planner and policy."""
 
     websocket_port: Port = Field(default=8000, description="TCP port of openpi's WebSocket protocol.")
@@ -199,7 +218,7 @@ class ActionTransportSettings(_Section):
     unix_socket_path: Path = Field(default=Path("/tmp/openpi-action.sock"), description="Socket of the edge.")  # noqa: S108
 
 
-class PlannerTransportSettings(_Section):
+class PlannerTransportSettings(TransportSettings):
     """Where robots reach the planner alone."""
 
     websocket_port: Port = Field(default=8002, description="TCP port of openpi's WebSocket protocol.")
@@ -217,23 +236,49 @@ class ImageSettings(_Section):
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = Field(default="4:2:0", description="JPEG chroma subsampling.")
 
 
+class BackendSettings(_Section):
+    """How the gateway reaches a service."""
+
+    address: str | None = Field(
+        default=None,
+        description="`host:port`; null: the port of the service's own section, on this machine. Of the planner: each "
+        "of several, joined by commas, and each host that a name stands for, is a replica.",
+    )
+    ca_file: Path | None = Field(
+        default=None, description="PEM file of the CA of the service's certificate; set: the gateway speaks TLS to it."
+    )
+    client_cert_file: Path | None = Field(default=None, description="The gateway's certificate for mTLS (PEM).")
+    client_key_file: Path | None = Field(default=None, description="The private key of that certificate (PEM).")
+    token: SecretStr | None = Field(default=None, description="Bearer token that the gateway sends to the service.")
+
+    @model_validator(mode="after")
+    def _client_certificate_is_whole(self) -> "BackendSettings":
+        if (self.client_cert_file is None) != (self.client_key_file is None):
+            raise ValueError("client_cert_file and client_key_file go together")
+        return self
+
+
+class AdminSettings(_Section):
+    """The HTTP interface for operators: health, and the planner's configuration."""
+
+    host: str = Field(default="127.0.0.1", description="Address on which it listens.")
+    port: Port = Field(default=8001, description="TCP port; 0: any free one.")
+    token: SecretStr | None = Field(default=None, description="Bearer token asked for; null: none is.")
+
+
 class GatewaySettings(_Section):
     """The gateway: what robots talk to."""
 
     host: str = Field(default="0.0.0.0", description="Address on which gRPC and WebSocket listen.")  # noqa: S104
     grpc_port: Port = Field(default=50051, description="gRPC port of PolicyService.")
-    action_address: str | None = Field(
-        default=None,
-        description="`host:port` of the action service; null: the action section's own port on this machine.",
-    )
-    action_ca_file: Path | None = Field(
-        default=None,
-        description="PEM file of the CA of the action service's certificate; set: the gateway speaks TLS to it.",
-    )
-    action_client_cert_file: Path | None = Field(default=None, description="The gateway's certificate for mTLS (PEM).")
-    action_client_key_file: Path | None = Field(default=None, description="The private key of that certificate (PEM).")
-    action_token: SecretStr | None = Field(
-        default=None, description="Bearer token that the gateway sends to the action service."
+    action: BackendSettings = Field(default=BackendSettings(), description="How the action service is reached.")
+    planner: BackendSettings = Field(default=BackendSettings(), description="How the planner service is reached.")
+    admin: AdminSettings | None = Field(default=AdminSettings(), description="HTTP for operators; null: none.")
+    planner_start_timeout_ms: int = Field(
+        default=600_000,
+        ge=0,
+        description="In combined mode, how long after its start the gateway waits for the planner to be ready; then it "
+        "serves actions without.",
     )
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 16, description="Largest message, in either direction.")
     max_in_flight: int = Field(default=64, ge=1, description="Most requests at once; more are refused at once.")
@@ -243,12 +288,6 @@ class GatewaySettings(_Section):
     images: ImageSettings = Field(default=ImageSettings(), description="How robots are asked to send pictures.")
     tls: TlsSettings | None = Field(default=None, description="null: plain text.")
     auth: AuthSettings | None = Field(default=None, description="null: no token is asked for.")
-
-    @model_validator(mode="after")
-    def _client_certificate_is_whole(self) -> "GatewaySettings":
-        if (self.action_client_cert_file is None) != (self.action_client_key_file is None):
-            raise ValueError("action_client_cert_file and action_client_key_file go together")
-        return self
 
 
 class TelemetrySettings(_Section):
@@ -318,17 +357,14 @@ class EngineSettings(_Section):
         return tuple(name for name in ("action", "planner") if getattr(self, name) is not None)
 
     @property
-    def action_address(self) -> str:
-        """`host:port` at which the gateway finds the action service.
+    def action_address(self) -> str | None:
+        """`host:port` at which the gateway finds the action service; None where there is none."""
+        return _address(self.gateway.action, self.action)
 
-        Raises:
-            SettingsError: neither the gateway's action_address nor an action section is there.
-        """
-        if self.gateway.action_address is not None:
-            return self.gateway.action_address
-        if self.action is None:
-            raise SettingsError("gateway.action_address: required where there is no action section")
-        return f"{_reachable(self.action.host)}:{self.action.grpc_port}"
+    @property
+    def planner_address(self) -> str | None:
+        """`host:port`, or several joined by commas, where the gateway finds the planner; None where there is none."""
+        return _address(self.gateway.planner, self.planner)
 
 
 def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = None) -> EngineSettings:
@@ -429,6 +465,12 @@ def _fields(path: tuple[str, ...]) -> dict[str, Any]:
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """Members of a union; the annotation itself when it is none. Literals stay whole."""
     return tuple(get_args(annotation)) if type(None) in get_args(annotation) else (annotation,)
+
+
+def _address(backend: BackendSettings, service: ModelSettings | None) -> str | None:
+    if service is None:
+        return None
+    return backend.address or f"{_reachable(service.host)}:{service.grpc_port}"
 
 
 def _reachable(host: str) -> str:

@@ -152,9 +152,9 @@ def test_variables_of_others_are_no_concern(tmp_path):
         ),
         (planner(generation_prompt_format="{task"), {}, "planner.generation_prompt_format: not a valid template"),
         (
-            {"action": ACTION, "gateway": {"action_client_key_file": "k"}},
+            {"action": ACTION, "gateway": {"action": {"client_key_file": "k"}}},
             {},
-            "gateway: action_client_cert_file and action_client_key_file go together",
+            "gateway.action: client_cert_file and client_key_file go together",
         ),
     ],
 )
@@ -206,10 +206,12 @@ def test_a_cadence_of_every_kind(tmp_path):
 )
 def test_where_the_gateway_finds_the_action_service(host, address, tmp_path):
     assert load(action(host=host), tmp_path).action_address == address
-    elsewhere = load({"action": ACTION, "gateway": {"action_address": "gpu:1"}}, tmp_path)
+    elsewhere = load({"action": ACTION, "gateway": {"action": {"address": "gpu:1"}}}, tmp_path)
     assert elsewhere.action_address == "gpu:1"
-    with pytest.raises(SettingsError, match=r"gateway\.action_address: required"):
-        _ = load({"planner": PLANNER}, tmp_path).action_address
+    assert elsewhere.planner_address is None
+    planner = load({"planner": PLANNER, "gateway": {"planner": {"address": "a:1,b:2"}}}, tmp_path)
+    assert (planner.action_address, planner.planner_address) == (None, "a:1,b:2")
+    assert load({"planner": PLANNER}, tmp_path).planner_address == "127.0.0.1:50053"
 
 
 def test_tokens_come_from_both_places_and_are_never_shown(tmp_path):

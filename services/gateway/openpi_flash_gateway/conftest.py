@@ -1,50 +1,41 @@
-"""A gateway on free ports of this machine, in front of an action service that does as the prompt says."""
+"""A gateway on free ports of this machine, in front of services that do as the prompt says."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from openpi_flash.v1 import action_pb2_grpc, inference_pb2, types_pb2
+from openpi_flash.v1 import action_pb2_grpc, inference_pb2, planner_pb2, planner_pb2_grpc, types_pb2
 from openpi_flash_common.codec import tensor_to_proto
-from openpi_flash_common.errors import InvalidArgumentError, error_to_proto
+from openpi_flash_common.errors import InternalError, InvalidArgumentError, error_to_proto
 from openpi_flash_common.grpc_server import GrpcServer
 from openpi_flash_common.settings import AuthSettings, EngineSettings, TelemetrySettings, TlsSettings
 from openpi_flash_common.telemetry import setup
 
-from openpi_flash_gateway.action_backend import SERVICE
+from openpi_flash_gateway import action_backend, planner_backend
 from openpi_flash_gateway.gateway import Gateway
 
 ACTIONS = np.array([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]])
 
 
-class FakeActionService(action_pb2_grpc.ActionServiceServicer):
-    """Answers ACTIONS plus the seed. Prompts with a meaning: `slow` (waits for `release`), `big` (2 MB of actions),
-    `refuse`, `die` and `die once` (the stream ends without an answer)."""
+class _FakeService:
+    """A service that can be stopped and started again at the same port."""
 
-    def __init__(self, tls: TlsSettings | None = None, auth: AuthSettings | None = None) -> None:
-        self._secured: dict[str, Any] = {"tls": tls, "auth": auth}
-        self.received: list[inference_pb2.InferStreamRequest] = []
-        self._arrival = asyncio.Condition()
-        self.resets: list[str] = []
-        self.num_streams = 0
-        self.cancelled = asyncio.Event()
-        self.release = asyncio.Event()
-        self.metadata = inference_pb2.GetMetadataResponse(model_config_name="fake", action_horizon=2)
-        self.metadata.policy_metadata.update({"reset_pose": [0, -1.5, 1.5, 0, 0, 0]})
-        self.metadata.image_specs.add(path="images/cam_high", encoding=types_pb2.IMAGE_ENCODING_RAW)
+    def __init__(self, name: str, register: Callable[[Any, Any], None], **secured: Any) -> None:
+        self._register = {name: lambda server: register(self, server)}
+        self._secured = secured
         self.server: GrpcServer | None = None
         self.port = 0
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         telemetry = setup(TelemetrySettings(), "action")
-        register = {SERVICE: lambda server: action_pb2_grpc.add_ActionServiceServicer_to_server(self, server)}
-        self.server = GrpcServer(register, [f"127.0.0.1:{self.port}"], telemetry, drain_seconds=1, **self._secured)
+        address = f"127.0.0.1:{self.port}"
+        self.server = GrpcServer(self._register, [address], telemetry, drain_seconds=1, **self._secured)
         await self.server.start()
         self.port = self.server.ports[0]
         self._running = asyncio.ensure_future(self.server.run_until_stopped())
@@ -55,6 +46,28 @@ class FakeActionService(action_pb2_grpc.ActionServiceServicer):
             self.server.stop()
             await self._running
             self.server = None
+
+
+class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
+    """Answers ACTIONS plus the seed. Prompts with a meaning: `slow` (waits for `release`), `big` (2 MB of actions),
+    `refuse`, `die` and `die once` (the stream ends without an answer)."""
+
+    def __init__(self, tls: TlsSettings | None = None, auth: AuthSettings | None = None) -> None:
+        register = action_pb2_grpc.add_ActionServiceServicer_to_server
+        super().__init__(action_backend.SERVICE, register, tls=tls, auth=auth)
+        self.received: list[inference_pb2.InferStreamRequest] = []
+        self._arrival = asyncio.Condition()
+        self.resets: list[str] = []
+        self.num_streams = 0
+        self.cancelled = asyncio.Event()
+        self.release = asyncio.Event()
+        self.metadata = inference_pb2.GetMetadataResponse(model_config_name="fake", action_horizon=2)
+        self.metadata.policy_metadata.update({"reset_pose": [0, -1.5, 1.5, 0, 0, 0]})
+        self.metadata.image_specs.add(path="images/cam_high", encoding=types_pb2.IMAGE_ENCODING_RAW)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [received.request.observation.prompt for received in self.received]
 
     async def wait_received(self, count: int) -> None:
         """Returns when `count` requests have arrived."""
@@ -98,17 +111,71 @@ class FakeActionService(action_pb2_grpc.ActionServiceServicer):
         return [r.request for r in self.received].count(request.request) == 1
 
 
-_ACTION = {"model_config_name": "fake", "checkpoint_dir": "nowhere"}
+class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
+    """Writes `step 1`, `step 2` and so on. Tasks with a meaning: `nothing` (an empty text), `broken`; with `hold`
+    cleared, answers wait until it is set."""
+
+    def __init__(self) -> None:
+        super().__init__(planner_backend.SERVICE, planner_pb2_grpc.add_PlannerServiceServicer_to_server)
+        self.received: list[planner_pb2.GenerateSubtaskRequest] = []
+        self.num_cancelled = 0
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.config = planner_pb2.PlannerConfig(action_prompt_template="{task}. Subtask: {subtask}")
+
+    async def GenerateSubtask(self, request: Any, _: Any) -> planner_pb2.GenerateSubtaskResponse:  # noqa: N802
+        self.received.append(request)
+        task, text = request.observation.prompt, f"step {len(self.received)}"
+        try:
+            await self.hold.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        if task == "broken":
+            raise InternalError("the planner is broken")
+        if task == "nothing":
+            return planner_pb2.GenerateSubtaskResponse(num_tokens=1)
+        return planner_pb2.GenerateSubtaskResponse(text=text, ms=3.5, action_prompt=f"{task}. Subtask: {text}")
+
+    async def GetConfig(self, *_: Any) -> planner_pb2.GetConfigResponse:  # noqa: N802
+        return planner_pb2.GetConfigResponse(config=self.config)
+
+    async def UpdateConfig(self, request: Any, _: Any) -> planner_pb2.UpdateConfigResponse:  # noqa: N802
+        if request.top_k == 13:
+            raise InvalidArgumentError("top_k: 13 is unlucky", "top_k")
+        self.config.MergeFrom(planner_pb2.PlannerConfig.FromString(request.SerializeToString()))
+        return planner_pb2.UpdateConfigResponse(config=self.config)
+
+    async def GetPlannerMetadata(self, *_: Any) -> planner_pb2.GetPlannerMetadataResponse:  # noqa: N802
+        answer = planner_pb2.GetPlannerMetadataResponse(model_config_name="fake_planner")
+        answer.image_specs.add(path="images/cam_high")
+        return answer
 
 
-def make_settings(tmp_path: Path, action_port: int, **gateway: Any) -> EngineSettings:
-    return EngineSettings.model_validate(
-        {
-            "gateway": {"host": "127.0.0.1", "grpc_port": 0, "action_address": f"127.0.0.1:{action_port}", **gateway},
-            "action_transport": {"websocket_port": 0, "unix_socket_path": str(tmp_path / "gateway.sock")},
-            "action": _ACTION,
-        }
-    )
+def make_settings(
+    tmp_path: Path,
+    action_port: int | None = None,
+    *,
+    planner_ports: Sequence[int] = (),
+    planner: dict[str, Any] | None = None,
+    **gateway: Any,
+) -> EngineSettings:
+    """Settings with an action section, unless there are planner ports alone, and with a planner section where there are
+    planner ports. Keywords are fields of the `gateway` section."""
+    sections: dict[str, Any] = {
+        "gateway": {"host": "127.0.0.1", "grpc_port": 0, "admin": {"port": 0}, **gateway},
+        "action_transport": {"websocket_port": 0, "unix_socket_path": str(tmp_path / "action.sock")},
+        "planner_transport": {"websocket_port": 0, "unix_socket_path": str(tmp_path / "planner.sock")},
+    }
+    if action_port is not None:
+        sections["gateway"]["action"] = {"address": f"127.0.0.1:{action_port}"}
+    if planner_ports:
+        addresses = ",".join(f"127.0.0.1:{port}" for port in planner_ports)
+        sections["gateway"]["planner"] = {"address": addresses}
+        sections["planner"] = {"checkpoint_dir": "nowhere", **(planner or {})}
+    if action_port is not None or not planner_ports:
+        sections["action"] = {"model_config_name": "fake", "checkpoint_dir": "nowhere"}
+    return EngineSettings.model_validate(sections)
 
 
 @pytest.fixture
@@ -117,6 +184,15 @@ async def action_service() -> AsyncIterator[FakeActionService]:
     await service.start()
     yield service
     service.release.set()
+    await service.stop()
+
+
+@pytest.fixture
+async def planner_service() -> AsyncIterator[FakePlannerService]:
+    service = FakePlannerService()
+    await service.start()
+    yield service
+    service.hold.set()
     await service.stop()
 
 
@@ -131,7 +207,7 @@ async def gateway(
     action_service: FakeActionService, gateway_settings: dict[str, Any], tmp_path: Path
 ) -> AsyncIterator[Gateway]:
     async with running_gateway(make_settings(tmp_path, action_service.port, **gateway_settings)) as gateway:
-        await asyncio.wait_for(gateway.policy.wait_ready(), 10)
+        await asyncio.wait_for(gateway.endpoint.wait_ready(), 10)
         yield gateway
 
 

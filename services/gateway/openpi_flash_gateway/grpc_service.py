@@ -1,5 +1,7 @@
 """PolicyService over gRPC. Inferences go through as the bytes they came as; only their envelopes are read."""
 
+import secrets
+
 import grpc
 from openpi_flash.v1 import policy_pb2
 from openpi_flash_common.errors import error_to_proto
@@ -7,7 +9,7 @@ from openpi_flash_common.grpc_server import GrpcServer
 from openpi_flash_common.telemetry import Telemetry, TraceContext, current_span
 
 from openpi_flash_gateway import wire
-from openpi_flash_gateway.policy import Policy
+from openpi_flash_gateway.endpoint import Endpoint
 
 SERVICE: str = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
 
@@ -19,8 +21,8 @@ class PolicyServicer:
 
     server: GrpcServer
 
-    def __init__(self, policy: Policy, telemetry: Telemetry) -> None:
-        self._policy = policy
+    def __init__(self, endpoint: Endpoint, telemetry: Telemetry) -> None:
+        self._endpoint = endpoint
         self._telemetry = telemetry
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -36,11 +38,15 @@ class PolicyServicer:
     async def infer(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Serialized InferRequest to InferResponse."""
         trace = current_span().context
-        return bytes(await self._policy.infer([request], timeout_s=context.time_remaining(), trace=trace))
+        return bytes(await self._endpoint.infer([request], timeout_s=context.time_remaining(), trace=trace))
 
     async def infer_stream(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        """Serialized InferStreamRequests to InferStreamResponses, in order, one at a time."""
+        """Serialized InferStreamRequests to InferStreamResponses, in order, one at a time.
+
+        Those that name no session are in the stream's own.
+        """
         trace = TraceContext.from_metadata(context.invocation_metadata())
+        session_id = f"stream-{secrets.token_hex(8)}"
 
         async def answer(data: bytes) -> bytes:
             request_id = 0
@@ -51,18 +57,23 @@ class PolicyServicer:
                 limits = (request.timeout_ms / 1e3 if request.timeout_ms else None, context.time_remaining())
                 timeout_s = min((limit for limit in limits if limit is not None), default=None)
                 with self._telemetry.request(_STREAM_METHOD, own) as span:
-                    body = await self._policy.infer(request.body, timeout_s=timeout_s, trace=span.context)
+                    body = await self._endpoint.infer(
+                        request.body, session_id=session_id, timeout_s=timeout_s, trace=span.context
+                    )
             except Exception as error:
                 return wire.write_stream_response(request_id, error_to_proto(error))
             return wire.write_stream_response(request_id, body)
 
-        await self.server.lock_step(context, answer)
+        try:
+            await self.server.lock_step(context, answer)
+        finally:
+            self._endpoint.forget(session_id)
 
     async def get_metadata(self, _: bytes, __: grpc.aio.ServicerContext) -> bytes:
         """Serialized GetMetadataRequest to GetMetadataResponse."""
-        return self._policy.metadata().SerializeToString()
+        return self._endpoint.metadata().SerializeToString()
 
     async def reset(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Serialized ResetRequest to ResetResponse."""
         trace = current_span().context
-        return await self._policy.reset(request, timeout_s=context.time_remaining(), trace=trace)
+        return await self._endpoint.reset(request, timeout_s=context.time_remaining(), trace=trace)

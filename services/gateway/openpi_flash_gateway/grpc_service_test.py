@@ -229,7 +229,7 @@ async def test_an_oversized_message_is_refused(stub):
 
 
 async def test_the_unix_socket_answers(gateway, tmp_path):
-    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/gateway.sock") as channel:
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/action.sock") as channel:
         stub: Any = policy_pb2_grpc.PolicyServiceStub(channel)  # type: ignore[no-untyped-call]
         assert (await stub.Infer(infer_request())).tensors
 
@@ -249,7 +249,7 @@ async def test_reflection_describes_the_service(channel):
 
 async def test_a_stop_finishes_what_runs_and_ends_idle_streams(action_service, tmp_path):
     async with running_gateway(make_settings(tmp_path, action_service.port)) as gateway:
-        await gateway.policy.wait_ready()
+        await gateway.endpoint.wait_ready()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.server.ports[0]}") as channel:
             stub: Any = policy_pb2_grpc.PolicyServiceStub(channel)  # type: ignore[no-untyped-call]
             idle, busy = stub.InferStream(), stub.InferStream()

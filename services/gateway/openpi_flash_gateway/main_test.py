@@ -17,7 +17,7 @@ def start(tmp_path: Path, **changes: Any) -> "subprocess.Popen[str]":
     settings = {
         "action": {"model_config_name": "fake", "checkpoint_dir": "nowhere"},
         "action_transport": {"websocket_port": 0, "unix_socket_path": str(tmp_path / "s")},
-        "gateway": {"host": "127.0.0.1", "grpc_port": 0, "action_address": "127.0.0.1:1"},
+        "gateway": {"host": "127.0.0.1", "grpc_port": 0, "action": {"address": "127.0.0.1:1"}, "admin": {"port": 0}},
     }
     for section, fields in changes.items():
         settings[section] = {**settings[section], **fields} if fields else None
@@ -34,7 +34,7 @@ def start(tmp_path: Path, **changes: Any) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"gateway": {"action_ca_file": "/nowhere/ca.pem"}}, "/nowhere/ca.pem: No such file"),
+        ({"gateway": {"action": {"ca_file": "/nowhere/ca.pem"}}}, "/nowhere/ca.pem: No such file"),
         ({"gateway": {"tls": {"cert_file": "/nowhere/c", "key_file": "/nowhere/k"}}}, "tls"),
         ({"gateway": {"auth": {}}}, "no token is configured"),
         ({"gateway": {"grcp_port": 1}}, "did you mean grpc_port"),

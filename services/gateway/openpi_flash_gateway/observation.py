@@ -18,12 +18,24 @@ MODES = {
 _MAX_UINT32, _MAX_UINT64 = (1 << 32) - 1, (1 << 64) - 1
 
 
-def request_from_dict(observation: Any) -> inference_pb2.InferRequest:
+SUBTASK_STATUS = {
+    inference_pb2.SUBTASK_STATUS_FRESH: "fresh",
+    inference_pb2.SUBTASK_STATUS_REUSED: "reused",
+    inference_pb2.SUBTASK_STATUS_FAILED: "failed",
+    inference_pb2.SUBTASK_STATUS_PENDING: "pending",
+}
+"""Names of a subtask's statuses in a result dictionary."""
+
+
+def request_from_dict(observation: Any) -> tuple[inference_pb2.InferRequest, bool]:
     """Converts a decoded observation.
 
     Nested maps become names joined by `/`. Arrays, numpy scalars, numbers, bools and lists of numbers become tensors.
     These top-level keys are not part of the observation: `prompt` (str), and, beyond what openpi knows, `mode` (str),
-    `session_id` (str), `seed` (integer), `noise` (action_horizon, action_dim) and `num_steps` (integer).
+    `session_id` (str), `reset` (bool), `seed` (integer), `noise` (action_horizon, action_dim), `num_steps` (integer).
+
+    Returns:
+        The request, and whether its session is to be forgotten first (`reset`).
 
     Raises:
         InvalidArgumentError: an entry of another kind, naming its path.
@@ -38,6 +50,7 @@ def request_from_dict(observation: Any) -> inference_pb2.InferRequest:
         request.session_id = _text(entries.pop("session_id"), "session_id")
     if "mode" in entries:
         request.mode = _mode(entries.pop("mode"))
+    is_reset = _flag(entries.pop("reset", False), "reset")
     if "seed" in entries:
         request.seed = _integer(entries.pop("seed"), "seed", _MAX_UINT64)
     if "num_steps" in entries:
@@ -49,14 +62,25 @@ def request_from_dict(observation: Any) -> inference_pb2.InferRequest:
         if name in tensors:
             raise InvalidArgumentError(f"{name}: appears twice, nested and as one key", name)
         tensors[name].MergeFrom(tensor_to_proto(_array(value, name), name))
-    return request
+    return request, is_reset
 
 
 def dict_from_response(response: inference_pb2.InferResponse) -> dict[str, Any]:
-    """openpi's result dictionary, without `server_timing`: the arrays, `actions` first, then `policy_timing`."""
+    """openpi's result dictionary, without `server_timing`: the arrays, `actions` first, then `policy_timing`.
+
+    Where a planner took part also `subtask`: `text`, `ms`, `status` (of SUBTASK_STATUS), and where they say something
+    `age_ms` and `error`.
+    """
     names = sorted(response.tensors, key=lambda name: (name != "actions", name))
     result: dict[str, Any] = {name: tensor_from_proto(response.tensors[name], name) for name in names}
     result["policy_timing"] = {"infer_ms": response.timing.model_ms}
+    if response.HasField("subtask"):
+        subtask = response.subtask
+        result["subtask"] = {"text": subtask.text, "ms": subtask.ms, "status": SUBTASK_STATUS[subtask.status]}
+        if subtask.age_ms:
+            result["subtask"]["age_ms"] = subtask.age_ms
+        if subtask.error:
+            result["subtask"]["error"] = subtask.error
     return result
 
 
@@ -103,6 +127,14 @@ def _mode(value: Any) -> inference_pb2.Mode:
     if mode is None:
         raise InvalidArgumentError(f"mode: {value!r} is not one of {', '.join(MODES)}", "mode")
     return mode
+
+
+def _flag(value: Any, field: str) -> bool:
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{field}: {_kind(value)}; true or false is expected", field)
+    return value
 
 
 def _integer(value: Any, field: str, largest: int) -> int:

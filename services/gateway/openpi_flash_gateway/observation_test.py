@@ -11,7 +11,7 @@ from openpi_flash_gateway.observation import dict_from_response, request_from_di
 
 def test_entries_become_tensors_by_their_path():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    request = request_from_dict(
+    request, _ = request_from_dict(
         {
             "observation/state": np.arange(3, dtype=">f8"),
             "images": {"cam_high": image, "deeper": {"x": np.float32(1.5)}},
@@ -40,7 +40,7 @@ def test_entries_become_tensors_by_their_path():
 
 def test_reserved_keys_are_fields_of_the_request():
     noise = np.arange(6.0).reshape(2, 3)
-    request = request_from_dict(
+    request, _ = request_from_dict(
         {"mode": "action_only", "session_id": "s", "seed": np.int64(7), "noise": noise, "num_steps": 4}
     )
     assert (request.mode, request.session_id, request.seed, request.num_steps) == (
@@ -55,12 +55,12 @@ def test_reserved_keys_are_fields_of_the_request():
 
 
 def test_reserved_names_are_ordinary_below_the_top_level():
-    assert set(request_from_dict({"a": {"mode": 1, "seed": 2}}).observation.tensors) == {"a/mode", "a/seed"}
+    assert set(request_from_dict({"a": {"mode": 1, "seed": 2}})[0].observation.tensors) == {"a/mode", "a/seed"}
 
 
 @pytest.mark.parametrize("prompt", ["go", b"go", np.str_("go"), np.array("go"), np.bytes_(b"go")])
 def test_prompts_come_in_several_kinds(prompt):
-    assert request_from_dict({"prompt": prompt}).observation.prompt == "go"
+    assert request_from_dict({"prompt": prompt})[0].observation.prompt == "go"
 
 
 @pytest.mark.parametrize(

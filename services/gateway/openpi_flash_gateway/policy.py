@@ -1,98 +1,120 @@
-"""The path of a request through the gateway, the same for every transport: mode, deadline, backends."""
+"""The action policy, with or without a planner before it: mode, subtask, deadline, the same for every transport."""
 
 import time
 
-from openpi_flash.v1 import inference_pb2, types_pb2
-from openpi_flash_common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from openpi_flash_common.settings import GatewaySettings, ImageSettings
+from openpi_flash.v1 import inference_pb2, planner_pb2, types_pb2
+from openpi_flash_common.errors import FailedPreconditionError
+from openpi_flash_common.settings import EngineSettings
 from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 
 from openpi_flash_gateway import wire
 from openpi_flash_gateway.action_backend import ActionBackend
+from openpi_flash_gateway.endpoint import Admission, Endpoint, check_mode
+from openpi_flash_gateway.planner_endpoint import PlannerEndpoint
+from openpi_flash_gateway.subtasks import Choice, Subtasks
 
-_ENCODINGS = {
-    "raw": types_pb2.IMAGE_ENCODING_RAW,
-    "jpeg": types_pb2.IMAGE_ENCODING_JPEG,
-    "png": types_pb2.IMAGE_ENCODING_PNG,
-}
+_RESERVED_SHARE = 0.25  # of a request's time, at least, for the action
+_MEAN_WEIGHT = 0.2  # of the newest action call in their mean time
 
 
-class Policy:
-    """Answers robots from the configured backends."""
+class Policy(Endpoint):
+    """Answers robots with actions, which are conditioned on a subtask where there is a planner.
 
-    def __init__(self, settings: GatewaySettings, action: ActionBackend) -> None:
-        self._images = settings.images
-        self._default_timeout_s = settings.default_timeout_ms / 1e3
+    Attributes:
+        subtasks: which they are conditioned on; None: there is no planner.
+        waits_for_planner: not ready without the planner. True until it was ready once: after that, one that is away
+            costs actions their subtask and nothing else.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, admission: Admission, action: ActionBackend, planner: PlannerEndpoint | None
+    ) -> None:
+        super().__init__(settings.gateway, admission)
+        self.subtasks: Subtasks | None = None
+        if settings.planner is not None:
+            self.subtasks = Subtasks(settings.planner, background_timeout_s=self._default_timeout_s)
+        self.waits_for_planner = planner is not None
+        self._mode = settings.mode
         self._action = action
+        self._planner = planner
+        self._mean_action_s = 0.0
 
     @property
     def not_ready_reason(self) -> str:
-        """Why no request can be answered now, for people; empty: every backend is warm and within reach."""
+        if self._planner is not None and self.waits_for_planner:
+            return self._action.not_ready_reason or self._planner.not_ready_reason
         return self._action.not_ready_reason
 
-    async def wait_ready(self) -> None:
-        """Returns when every backend is ready."""
-        await self._action.wait_ready()
+    def refresh(self) -> bool:
+        if self._planner is not None:
+            self._planner.fallback_prompt = self._action.metadata.default_prompt
+            self.waits_for_planner = self.waits_for_planner and bool(self._planner.not_ready_reason)
+        return super().refresh()
 
     async def infer(
-        self, body: wire.Pieces, *, timeout_s: float | None = None, trace: TraceContext = NO_TRACE
-    ) -> memoryview:
-        """Answers one inference.
-
-        Args:
-            body: serialized InferRequest.
-            timeout_s: time that the request may take; None: the configured default.
-            trace: where the request stands in its caller's trace.
-
-        Returns:
-            The serialized InferResponse.
-
-        Raises:
-            ServiceError: there is no answer, and why.
-        """
+        self,
+        body: wire.Pieces,
+        *,
+        session_id: str = "",
+        timeout_s: float | None = None,
+        trace: TraceContext = NO_TRACE,
+    ) -> bytes | memoryview:
         deadline = self._deadline(timeout_s)
-        _check_mode(wire.read_head(body).mode)
-        return await self._action.infer(body, deadline, trace)
+        head = wire.read_head(body)
+        check_mode(head.mode)
+        if head.mode == inference_pb2.MODE_SUBTASK_ONLY:
+            if self._planner is None:
+                raise FailedPreconditionError(
+                    "mode: subtask_only needs a planner, and the server's configuration has no `planner` section",
+                    "mode",
+                )
+            return await self._planner.infer(body, session_id=session_id, timeout_s=timeout_s, trace=trace)
+        self._require_ready()
+        with self._admission.admitted():
+            if self._planner is None or head.mode == inference_pb2.MODE_ACTION_ONLY:
+                return await self._action.infer(body, deadline, trace)
+            return await self._infer_combined(body, head.session_id or session_id, deadline, trace)
 
     async def reset(self, body: bytes, *, timeout_s: float | None = None, trace: TraceContext = NO_TRACE) -> bytes:
-        """Forgets a session; a ResetRequest in, a ResetResponse out, both serialized.
-
-        Raises:
-            ServiceError: a backend's refusal, or that it did not answer.
-        """
+        await super().reset(body)
         return await self._action.call("Reset", body, self._deadline(timeout_s), trace)
 
-    def metadata(self) -> inference_pb2.GetMetadataResponse:
-        """What is served, and how this gateway's operator wants the pictures sent.
+    def forget(self, session_id: str) -> None:
+        if self.subtasks is not None:
+            self.subtasks.forget(session_id)
 
-        Raises:
-            UnavailableError: a backend is not ready.
-        """
-        if self.not_ready_reason:
-            raise UnavailableError(self.not_ready_reason)
-        return _with_encoding(self._action.metadata, self._images)
+    def _describe(self) -> inference_pb2.GetMetadataResponse:
+        answer = inference_pb2.GetMetadataResponse()
+        answer.CopyFrom(self._action.metadata)
+        answer.server_mode = self._mode
+        if self._planner is not None:
+            answer.planner_model_config_name = self._planner.backend.metadata.model_config_name
+        return answer
 
-    def _deadline(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._default_timeout_s if timeout_s is None else timeout_s)
+    async def _infer_combined(
+        self, body: wire.Pieces, session_id: str, deadline: float, trace: TraceContext
+    ) -> bytes | memoryview:
+        arrived = time.monotonic()
+        choice = await self._choose(body, session_id, deadline, trace)
+        chosen = time.monotonic()
+        if choice.action_prompt:
+            body = (*body, wire.write_prompt(choice.action_prompt))
+        answer = await self._action.infer(body, deadline, trace)
+        answered = time.monotonic()
+        self._mean_action_s += _MEAN_WEIGHT * (answered - chosen - self._mean_action_s)
+        timing = types_pb2.Timing(planner_ms=(chosen - arrived) * 1e3, total_ms=(answered - arrived) * 1e3)
+        ours = inference_pb2.InferResponse(subtask=choice.subtask, timing=timing)
+        return b"".join((answer, ours.SerializeToString()))
 
+    async def _choose(self, body: wire.Pieces, session_id: str, deadline: float, trace: TraceContext) -> Choice:
+        planner, subtasks = self._planner, self.subtasks
+        assert planner is not None and subtasks is not None  # noqa: S101 - asked for by combined mode alone
+        question = wire.read_question(body)
 
-def _check_mode(mode: int) -> None:
-    if mode in (inference_pb2.MODE_UNSPECIFIED, inference_pb2.MODE_DEFAULT, inference_pb2.MODE_ACTION_ONLY):
-        return
-    if mode == inference_pb2.MODE_SUBTASK_ONLY:
-        raise FailedPreconditionError(
-            "mode: subtask_only needs a planner, and the server's configuration has no `planner` section", "mode"
-        )
-    raise InvalidArgumentError(f"mode: {mode} is not one of default (1), subtask_only (2) and action_only (3)", "mode")
+        async def generate(by: float) -> planner_pb2.GenerateSubtaskResponse:
+            return await planner.write(session_id, question, by, trace)
 
-
-def _with_encoding(
-    metadata: inference_pb2.GetMetadataResponse, images: ImageSettings
-) -> inference_pb2.GetMetadataResponse:
-    answer = inference_pb2.GetMetadataResponse()
-    answer.CopyFrom(metadata)
-    for spec in answer.image_specs:
-        spec.encoding = _ENCODINGS[images.encoding]
-        spec.jpeg_quality = images.quality if images.encoding == "jpeg" else 0
-        spec.jpeg_subsampling = images.subsampling if images.encoding == "jpeg" else ""
-    return answer
+        task = planner.fallback_prompt if question.prompt is None else question.prompt
+        # What the action itself needs is not for the planner to spend.
+        reserve_s = max(2 * self._mean_action_s, _RESERVED_SHARE * (deadline - time.monotonic()))
+        return await subtasks.choose(session_id, task, deadline - reserve_s, generate)

@@ -36,7 +36,7 @@ async def ask_grpc(gateway: Gateway, credentials: grpc.ChannelCredentials | None
 
 async def greet_websocket(gateway: Gateway, context: ssl.SSLContext | None) -> bytes:
     scheme = "wss" if context else "ws"
-    async with connect(f"{scheme}://127.0.0.1:{gateway.websocket_port}", ssl=context) as connection:
+    async with connect(f"{scheme}://127.0.0.1:{gateway.websocket_ports['action']}", ssl=context) as connection:
         return await asyncio.wait_for(connection.recv(), 10)
 
 
@@ -80,18 +80,19 @@ async def test_the_action_service_asks_for_certificate_and_token(tmp_path):
     service = FakeActionService(tls=TlsSettings(**MUTUAL), auth=AuthSettings(tokens=("sesame",)))
     await service.start()
     trusted = {
-        "action_ca_file": str(CERTIFICATES / "ca.pem"),
-        "action_client_cert_file": str(CERTIFICATES / "client.pem"),
-        "action_client_key_file": str(CERTIFICATES / "client.key"),
-        "action_token": "sesame",
+        "address": f"127.0.0.1:{service.port}",
+        "ca_file": str(CERTIFICATES / "ca.pem"),
+        "client_cert_file": str(CERTIFICATES / "client.pem"),
+        "client_key_file": str(CERTIFICATES / "client.key"),
+        "token": "sesame",
     }
-    async with running_gateway(make_settings(tmp_path, service.port, **trusted)) as gateway:
-        await asyncio.wait_for(gateway.policy.wait_ready(), 10)
+    async with running_gateway(make_settings(tmp_path, action=trusted)) as gateway:
+        await asyncio.wait_for(gateway.endpoint.wait_ready(), 10)
         assert (await ask_grpc(gateway, None)).tensors
-    for missing, reason in (("action_ca_file", "out of reach"), ("action_token", "a valid bearer token is required")):
-        settings = make_settings(tmp_path, service.port, **{**trusted, missing: None})
+    for missing, reason in (("ca_file", "out of reach"), ("token", "a valid bearer token is required")):
+        settings = make_settings(tmp_path, action={**trusted, missing: None})
         async with running_gateway(settings) as gateway:
-            while reason not in gateway.policy.not_ready_reason:  # noqa: ASYNC110 - a reason is not an event
+            while reason not in gateway.endpoint.not_ready_reason:
                 await asyncio.sleep(0.02)
             async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.server.ports[0]}") as channel:
                 status = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())

@@ -5,13 +5,16 @@ that the connection is closed with 1011, as openpi does, unless the fault is one
 time, backend away): openpi's client cannot reconnect, so then the connection stays.
 
 A client may come before the backends are warm: it gets its metadata when they are, and until then `/healthz` says 503
-and why. `prev_total_ms` runs from a request's arrival until its reply is sent; the robot's own pause is not in it.
+and why. A connection is a session, unless an observation names another by `session_id`; `reset` in an observation has
+the session forgotten first, since openpi's own client keeps its `reset` to itself. `prev_total_ms` runs from a
+request's arrival until its reply is sent; the robot's own pause is not in it.
 """
 
 import asyncio
 import hmac
 import http
 import logging
+import secrets
 import ssl
 import time
 from typing import Any
@@ -26,15 +29,15 @@ from openpi_flash_common.errors import (
     UnavailableError,
     to_service_error,
 )
-from openpi_flash_common.settings import EngineSettings, SettingsError, TlsSettings
+from openpi_flash_common.settings import GatewaySettings, SettingsError, TlsSettings
 from openpi_flash_common.telemetry import Telemetry, TraceContext
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Data
 
+from openpi_flash_gateway.endpoint import Endpoint
 from openpi_flash_gateway.observation import dict_from_response, request_from_dict
-from openpi_flash_gateway.policy import Policy
 
 METHOD = "WebSocket/Infer"
 """What WebSocket requests are counted as."""
@@ -56,14 +59,20 @@ _protocol_logger.setLevel(logging.CRITICAL)
 class WebSocketServer:
     """The listener. Each connection is served on its own: none can hold up, or bring down, another."""
 
-    def __init__(self, settings: EngineSettings, policy: Policy, telemetry: Telemetry) -> None:
-        gateway = settings.gateway
-        self._host, self._port = gateway.host, settings.action_transport.websocket_port
-        self._max_message_bytes = gateway.max_message_bytes
-        self._max_connections = gateway.max_in_flight * _CONNECTIONS_PER_REQUEST
-        self._tls = gateway.tls
-        self._tokens = gateway.auth.load_tokens() if gateway.auth is not None else None
-        self._policy = policy
+    def __init__(
+        self, settings: GatewaySettings, endpoint: Endpoint, telemetry: Telemetry, slot: str, port: int
+    ) -> None:
+        """
+        Args:
+            slot: `action` or `planner`, for errors.
+            port: TCP port; 0: any free one.
+        """
+        self._slot, self._host, self._port = slot, settings.host, port
+        self._max_message_bytes = settings.max_message_bytes
+        self._max_connections = settings.max_in_flight * _CONNECTIONS_PER_REQUEST
+        self._tls = settings.tls
+        self._tokens = settings.auth.load_tokens() if settings.auth is not None else None
+        self._endpoint = endpoint
         self._telemetry = telemetry
         self._server: Server | None = None
         self._waiting: set[ServerConnection] = set()  # connections without a request in flight
@@ -93,7 +102,7 @@ class WebSocketServer:
             )
         except OSError as error:
             raise SettingsError(
-                f"action_transport.websocket_port: cannot listen on {self._host}:{self._port}: {error.strerror}"
+                f"{self._slot}_transport.websocket_port: cannot listen on {self._host}:{self._port}: {error.strerror}"
             ) from error
         return next(iter(self._server.sockets)).getsockname()[1]
 
@@ -108,7 +117,7 @@ class WebSocketServer:
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
-            if reason := self._policy.not_ready_reason:
+            if reason := self._endpoint.not_ready_reason:
                 return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n")
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if self._tokens is not None and not _is_authorized(request.headers.get_all("Authorization"), self._tokens):
@@ -151,8 +160,15 @@ class WebSocketServer:
         assert request is not None  # noqa: S101 - the handshake is over
         trace = TraceContext.from_metadata((name.lower(), value) for name, value in request.headers.raw_items())
         self._waiting.add(connection)
-        await self._policy.wait_ready()
-        await _send(connection, openpi_msgpack.packb(_policy_metadata(self._policy.metadata())))
+        await self._endpoint.wait_ready()
+        await _send(connection, openpi_msgpack.packb(_policy_metadata(self._endpoint.metadata())))
+        session_id = f"websocket-{secrets.token_hex(8)}"
+        try:
+            await self._answer_all(connection, trace, session_id)
+        finally:
+            self._endpoint.forget(session_id)
+
+    async def _answer_all(self, connection: ServerConnection, trace: TraceContext, session_id: str) -> None:
         last_total_ms: float | None = None
         while not self._draining:
             self._waiting.add(connection)
@@ -161,7 +177,7 @@ class WebSocketServer:
             start = time.perf_counter()
             try:
                 with self._telemetry.request(METHOD, trace) as span:
-                    reply = await self._answer(message, span.context, last_total_ms)
+                    reply = await self._answer(message, session_id, span.context, last_total_ms)
             except Exception as error:
                 fault = to_service_error(error)
                 await _send(connection, f"{fault.code.name}: {fault.message}"[:_MAX_ERROR_LENGTH])
@@ -173,14 +189,17 @@ class WebSocketServer:
                 last_total_ms = (time.perf_counter() - start) * 1e3
         await connection.close(1001, "server stops")
 
-    async def _answer(self, message: Data, trace: TraceContext, last_total_ms: float | None) -> bytes:
+    async def _answer(self, message: Data, session_id: str, trace: TraceContext, last_total_ms: float | None) -> bytes:
         metrics = self._telemetry.metrics
         metrics.received_bytes.labels(METHOD).inc(len(message))
         if isinstance(message, str):
             raise InvalidArgumentError("a text frame; an observation is a binary frame of msgpack")
-        request = request_from_dict(openpi_msgpack.unpackb(message))
+        request, is_reset = request_from_dict(openpi_msgpack.unpackb(message))
         start = time.perf_counter()
-        answer = await self._policy.infer([request.SerializeToString()], trace=trace)
+        if is_reset:
+            reset = inference_pb2.ResetRequest(session_id=request.session_id or session_id)
+            await self._endpoint.reset(reset.SerializeToString(), trace=trace)
+        answer = await self._endpoint.infer([request.SerializeToString()], session_id=session_id, trace=trace)
         result = dict_from_response(inference_pb2.InferResponse.FromString(bytes(answer)))
         result["server_timing"] = {"infer_ms": (time.perf_counter() - start) * 1e3}
         if last_total_ms is not None:

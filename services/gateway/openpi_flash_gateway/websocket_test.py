@@ -28,7 +28,9 @@ METADATA = bytes.fromhex(TRANSCRIPT["server->client on connect (metadata)"]["bin
 @pytest.fixture
 def dial(gateway: Gateway) -> Callable[..., Any]:
     def dial(**options: Any) -> Any:
-        return connect(f"ws://127.0.0.1:{gateway.websocket_port}", compression=None, max_size=None, **options)
+        return connect(
+            f"ws://127.0.0.1:{gateway.websocket_ports['action']}", compression=None, max_size=None, **options
+        )
 
     return dial
 
@@ -77,7 +79,7 @@ async def test_timings(dial):
 
 
 async def test_reserved_keys_and_any_path(gateway, action_service):
-    async with connect(f"ws://127.0.0.1:{gateway.websocket_port}/any/path?x=1") as connection:
+    async with connect(f"ws://127.0.0.1:{gateway.websocket_ports['action']}/any/path?x=1") as connection:
         await connection.recv()
         answer = await ask(connection, prompt="go", seed=4, session_id="s", images={"cam": np.zeros((2, 2, 3), "u1")})
         np.testing.assert_array_equal(answer["actions"], ACTIONS + 4)
@@ -154,7 +156,7 @@ async def test_a_client_that_leaves_takes_its_request_along(gateway, dial, actio
 
 async def test_a_client_that_reads_nothing_is_cut_off_and_delays_nobody(gateway, dial, monkeypatch):
     monkeypatch.setattr(websocket, "_SEND_TIMEOUT_S", 0.5)
-    deaf = await asyncio.to_thread(_handshake, gateway.websocket_port)
+    deaf = await asyncio.to_thread(_handshake, gateway.websocket_ports["action"])
     frame = _frame(openpi_msgpack.packb({"prompt": "big"}))
 
     async def flood() -> None:
@@ -194,7 +196,7 @@ def _frame(payload: bytes) -> bytes:
 
 @pytest.mark.parametrize("gateway_settings", [{"max_message_bytes": 1 << 16}])
 async def test_an_oversized_message_is_refused_by_its_declared_length(gateway, dial):
-    client = await asyncio.to_thread(_handshake, gateway.websocket_port)
+    client = await asyncio.to_thread(_handshake, gateway.websocket_ports["action"])
     client.sendall(b"\x82" + struct.pack("!BQ", 0x80 | 127, 1 << 40) + bytes(4))  # a header, and none of the bytes
     client.settimeout(10)
     received = await asyncio.to_thread(lambda: b"".join(iter(lambda: client.recv(4096), b"")))
@@ -207,14 +209,14 @@ async def test_an_oversized_message_is_refused_by_its_declared_length(gateway, d
 
 async def test_healthz_and_plain_http(gateway, action_service):
     golden = TRANSCRIPT["GET /healthz"]
-    status, body = await asyncio.to_thread(_get, gateway.websocket_port, "/healthz")
+    status, body = await asyncio.to_thread(_get, gateway.websocket_ports["action"], "/healthz")
     assert (status, body) == (golden["status"], golden["body"])
-    status, body = await asyncio.to_thread(_get, gateway.websocket_port, "/other")
+    status, body = await asyncio.to_thread(_get, gateway.websocket_ports["action"], "/other")
     assert (status, body) == (426, TRANSCRIPT["GET /other without an upgrade"]["body"])
     await action_service.stop()
     while status != 503:
         await asyncio.sleep(0.02)
-        status, body = await asyncio.to_thread(_get, gateway.websocket_port, "/healthz")
+        status, body = await asyncio.to_thread(_get, gateway.websocket_ports["action"], "/healthz")
     assert "action service" in body
 
 
@@ -229,7 +231,7 @@ def _get(port: int, path: str) -> tuple[int, str]:
 
 async def test_a_client_that_comes_early_gets_its_metadata_when_all_is_warm(tmp_path, unused_tcp_port):
     async with running_gateway(make_settings(tmp_path, unused_tcp_port)) as gateway:
-        async with connect(f"ws://127.0.0.1:{gateway.websocket_port}") as connection:
+        async with connect(f"ws://127.0.0.1:{gateway.websocket_ports['action']}") as connection:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(connection.recv(), 0.2)
             service = FakeActionService()
@@ -260,7 +262,7 @@ async def test_tokens(gateway, dial, headers, admitted):
         with pytest.raises(InvalidStatus) as caught:
             await dial(additional_headers=headers)
         assert caught.value.response.status_code == 401
-    assert (await asyncio.to_thread(_get, gateway.websocket_port, "/healthz"))[0] == 200
+    assert (await asyncio.to_thread(_get, gateway.websocket_ports["action"], "/healthz"))[0] == 200
 
 
 @pytest.mark.parametrize("gateway_settings", [{"max_in_flight": 1}])
@@ -282,7 +284,7 @@ async def test_connections_are_limited(dial):
 
 async def test_a_stop_answers_what_runs_and_closes_idle_connections(action_service, tmp_path):
     async with running_gateway(make_settings(tmp_path, action_service.port)) as gateway:
-        uri = f"ws://127.0.0.1:{gateway.websocket_port}"
+        uri = f"ws://127.0.0.1:{gateway.websocket_ports['action']}"
         async with connect(uri) as idle, connect(uri) as busy:
             await idle.recv()
             await busy.recv()

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from google.protobuf.message import DecodeError
-from openpi_flash.v1 import inference_pb2, types_pb2
+from openpi_flash.v1 import inference_pb2, planner_pb2, types_pb2
 from openpi_flash_common.errors import InvalidArgumentError
 
 Pieces = Sequence[bytes | memoryview]
@@ -24,6 +24,15 @@ class Head:
 
     session_id: str
     mode: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What of an InferRequest a planner needs. `prompt` and `seed` are None where they are not set."""
+
+    prompt: str | None
+    seed: int | None
+    observation: Pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,42 @@ def read_head(body: Pieces) -> Head:
             elif number == _MODE and isinstance(value, int):
                 mode = value
     return Head(session_id, mode)
+
+
+def read_question(body: Pieces) -> Question:
+    """Reads what a planner needs of a serialized InferRequest; the pictures are not looked at.
+
+    Raises:
+        InvalidArgumentError: the bytes are no InferRequest.
+    """
+    prompt = seed = None
+    observation: list[memoryview] = []
+    for piece in body:
+        view = memoryview(piece)
+        for number, value in _fields(piece):
+            if number == _SEED and isinstance(value, int):
+                seed = value
+            elif number == _OBSERVATION and isinstance(value, slice):
+                observation.append(view[value])
+    for view in observation:
+        for number, value in _fields(view):
+            if number == _PROMPT and isinstance(value, slice):
+                prompt = _text(view[value], "observation.prompt")
+    return Question(prompt, seed, observation)
+
+
+def write_subtask_request(session_id: str, question: Question, default_prompt: str) -> bytes:
+    """Serializes a GenerateSubtaskRequest; the pictures are copied once."""
+    head = planner_pb2.GenerateSubtaskRequest(session_id=session_id, seed=question.seed)
+    if question.prompt is None and default_prompt:
+        head.observation.prompt = default_prompt
+    length = sum(len(piece) for piece in question.observation)
+    return b"".join((head.SerializeToString(), _SUBTASK_OBSERVATION_TAG, _varint_bytes(length), *question.observation))
+
+
+def write_prompt(prompt: str) -> bytes:
+    """A piece that, after the others of a serialized InferRequest, changes its prompt."""
+    return inference_pb2.InferRequest(observation=types_pb2.Observation(prompt=prompt)).SerializeToString()
 
 
 def read_stream_request(data: bytes) -> StreamRequest:
@@ -111,7 +156,7 @@ def read_stream_response(data: bytes) -> tuple[int, memoryview | types_pb2.Error
     return request_id, body if number == _RESPONSE else types_pb2.Error.FromString(bytes(body))
 
 
-def write_stream_response(request_id: int, result: memoryview | types_pb2.Error) -> bytes:
+def write_stream_response(request_id: int, result: bytes | memoryview | types_pb2.Error) -> bytes:
     """Serializes an InferStreamResponse around a serialized InferResponse, or around an error."""
     if isinstance(result, types_pb2.Error):
         return inference_pb2.InferStreamResponse(request_id=request_id, error=result).SerializeToString()
@@ -185,6 +230,11 @@ def _number(message: type, field: str) -> int:
 
 _SESSION_ID = _number(inference_pb2.InferRequest, "session_id")
 _MODE = _number(inference_pb2.InferRequest, "mode")
+_SEED = _number(inference_pb2.InferRequest, "seed")
+_OBSERVATION = _number(inference_pb2.InferRequest, "observation")
+_PROMPT = _number(types_pb2.Observation, "prompt")
+_SUBTASK_OBSERVATION = _number(planner_pb2.GenerateSubtaskRequest, "observation")
+_SUBTASK_OBSERVATION_TAG = bytes([_SUBTASK_OBSERVATION << 3 | _LENGTH_DELIMITED])
 _REQUEST_ID = _number(inference_pb2.InferStreamRequest, "request_id")
 _TIMEOUT_MS = _number(inference_pb2.InferStreamRequest, "timeout_ms")
 _TRACEPARENT = _number(inference_pb2.InferStreamRequest, "traceparent")

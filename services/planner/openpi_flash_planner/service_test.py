@@ -69,7 +69,7 @@ class Service:
 
     async def until(self, condition) -> None:
         async with asyncio.timeout(20):
-            while not condition():  # noqa: ASYNC110 - what happens in threads sets no event
+            while not condition():
                 await asyncio.sleep(0.001)
 
 
