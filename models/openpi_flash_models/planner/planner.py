@@ -79,6 +79,7 @@ class PreparedPlan:
     Attributes:
         images: (num_views, image_size, image_size, 3) uint8; cameras in the model's order.
         tokens: (num_tokens,) int32, no padding.
+        task: as it was given, or the default.
         options: how to write.
         seed: of the sampling.
         shape_key: what must agree for two requests to share a model call.
@@ -87,6 +88,7 @@ class PreparedPlan:
 
     images: np.ndarray
     tokens: np.ndarray
+    task: str
     options: GenerationOptions
     seed: int
     shape_key: PlanKey
@@ -98,11 +100,13 @@ class GeneratedSubtask:
     """A subtask, or its beginning.
 
     Attributes:
+        task: for which it was written.
         text: in words, without outer white space.
         token_ids: as the model wrote them, the end token included where it came to one.
         is_whole: false for a beginning.
     """
 
+    task: str
     text: str
     token_ids: tuple[int, ...]
     is_whole: bool
@@ -197,11 +201,13 @@ class Planner:
         """
         options = options or GenerationOptions()
         images = self._resize(self._robot(observation).parse_images(observation))
-        text = generation_prompt(options.template, parse_prompt(prompt, self.default_prompt))
+        task = parse_prompt(prompt, self.default_prompt)
+        text = generation_prompt(options.template, task)
         tokens = self._tokenizer.text_tokens(text, self.config.model.max_token_len)
         return PreparedPlan(
             images=images,
             tokens=tokens,
+            task=task,
             options=options,
             seed=secrets.randbits(64) if seed is None else parse_seed(seed),
             shape_key=PlanKey(len(images), self.config.model.prompt_bucket(len(tokens))),
@@ -222,7 +228,7 @@ class Planner:
             raise ValueError(f"{len(prepared)} requests in a batch of at most {self.batch_sizes[-1]}")
         rows = next(n for n in self.batch_sizes if n >= len(prepared))
         draft = self.decoder.advance(self.decoder.start(assemble(prepared, batch_size=rows)))
-        return [self._subtask(ids, is_whole=True) for ids in draft.token_ids()[: len(prepared)]]
+        return [self._subtask(plan, ids, is_whole=True) for plan, ids in zip(prepared, draft.token_ids(), strict=False)]
 
     def stream(self, prepared: PreparedPlan) -> Iterator[GeneratedSubtask]:
         """Writes the same subtask as `run` of this one alone, and yields it again with each token that is added.
@@ -232,7 +238,7 @@ class Planner:
         draft = self.decoder.start(assemble([prepared]))
         while True:
             (ids,), is_whole = draft.token_ids(), draft.is_done
-            yield self._subtask(ids, is_whole=is_whole)
+            yield self._subtask(prepared, ids, is_whole=is_whole)
             if is_whole:
                 return
             draft = self.decoder.advance(draft, until=len(ids) + 1)
@@ -265,6 +271,7 @@ class Planner:
             plan = PreparedPlan(
                 images=np.zeros((shape.num_views, size, size, 3), np.uint8),
                 tokens=np.ones(shape.prompt_bucket, np.int32),
+                task="",
                 options=GenerationOptions(max_generation_tokens=2),
                 seed=0,
                 shape_key=PlanKey(shape.num_views, shape.prompt_bucket),
@@ -283,8 +290,8 @@ class Planner:
         message = f"no camera of a robot that this planner knows ({known}); the observation has "
         raise InvalidObservationError("observation", message + (", ".join(observation) or "nothing"))
 
-    def _subtask(self, ids: Sequence[int], *, is_whole: bool) -> GeneratedSubtask:
-        return GeneratedSubtask(self._tokenizer.decode(ids).strip(), tuple(ids), is_whole)
+    def _subtask(self, plan: PreparedPlan, ids: Sequence[int], *, is_whole: bool) -> GeneratedSubtask:
+        return GeneratedSubtask(plan.task, self._tokenizer.decode(ids).strip(), tuple(ids), is_whole)
 
 
 def assemble(plans: Sequence[PreparedPlan], *, batch_size: int | None = None) -> Batch:

@@ -7,8 +7,8 @@ from openpi_flash.v1 import planner_pb2
 from openpi_flash_common.errors import InvalidArgumentError
 from openpi_flash_common.settings import PlannerSettings
 from openpi_flash_models.errors import PolicyConfigError
-from openpi_flash_models.planner.planner import GenerationOptions
-from openpi_flash_models.planner.prompt import Template
+from openpi_flash_models.planner.planner import GeneratedSubtask, GenerationOptions
+from openpi_flash_models.planner.prompt import Template, action_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +17,16 @@ class Configuration:
 
     Attributes:
         options: how subtasks are written.
-        action_prompt_template: how task and subtask are joined for the action policy; kept here for the gateway.
+        action_prompt_template: how task and subtask are joined for the action policy.
     """
 
     options: GenerationOptions
     action_prompt_template: str
+    _action_template: Template = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        Template.parse(self.action_prompt_template, "task", "subtask", field="action_prompt_template")
+        template = Template.parse(self.action_prompt_template, "task", "subtask", field="action_prompt_template")
+        object.__setattr__(self, "_action_template", template)
 
     @classmethod
     def from_settings(cls, settings: PlannerSettings) -> Self:
@@ -38,6 +40,10 @@ class Configuration:
             ),
             settings.action_prompt_template,
         )
+
+    def action_prompt(self, subtask: GeneratedSubtask) -> str:
+        """What the action policy is to be told; empty where the planner wrote nothing."""
+        return action_prompt(self._action_template, subtask.task, subtask.text) if subtask.text else ""
 
     def updated(self, request: planner_pb2.UpdateConfigRequest) -> Self:
         """This configuration with all changes that a request asks for.

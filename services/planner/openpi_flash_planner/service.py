@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 
 import grpc
 from openpi_flash.v1 import planner_pb2, planner_pb2_grpc, types_pb2
@@ -19,6 +19,8 @@ from openpi_flash_models.images import ImageLayout
 from openpi_flash_models.planner.planner import GenerationOptions, Planner, PreparedPlan
 
 from openpi_flash_planner.configuration import Configuration
+
+_Request = planner_pb2.GenerateSubtaskRequest | planner_pb2.GenerateSubtaskStreamRequest
 
 SERVICE: str = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"].full_name
 
@@ -45,20 +47,22 @@ class PlannerServicer(planner_pb2_grpc.PlannerServiceServicer):
     ) -> planner_pb2.GenerateSubtaskResponse:
         arrived, timeout_s = time.monotonic(), context.time_remaining()
         planner = self._ready_planner()
-        prepare = self._prepare(planner, request.observation)
+        configuration = self.configuration
+        prepare = functools.partial(_prepare, planner, request, configuration.options)
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._scheduler.infer(planner, prepare, _deadline(arrived, timeout_s), current_span())
         except TimeoutError:
             raise DeadlineExceededError("the request's time ran out before the subtask was there") from None
-        return _response(answer, arrived)
+        return _response(answer, configuration, arrived)
 
     async def GenerateSubtaskStream(  # noqa: N802 - gRPC's name
         self, request: planner_pb2.GenerateSubtaskStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[planner_pb2.GenerateSubtaskStreamResponse, None]:
         arrived = time.monotonic()
         planner = self._ready_planner()
-        prepare = self._prepare(planner, request.observation)
+        configuration = self.configuration
+        prepare = functools.partial(_prepare, planner, request, configuration.options)
         deadline = _deadline(arrived, context.time_remaining())
         answers = self._scheduler.stream(planner, prepare, deadline, current_span(), planner.stream)
         num_sent = 0
@@ -69,7 +73,7 @@ class PlannerServicer(planner_pb2_grpc.PlannerServiceServicer):
                     text_delta=subtask.text[num_sent:], done=subtask.is_whole
                 )
                 if subtask.is_whole:
-                    message.response.CopyFrom(_response(answer, arrived))
+                    message.response.CopyFrom(_response(answer, configuration, arrived))
                 if message.text_delta or message.done:
                     num_sent = len(subtask.text)
                     yield message
@@ -97,21 +101,20 @@ class PlannerServicer(planner_pb2_grpc.PlannerServiceServicer):
             server_version=importlib.metadata.version("openpi-flash-planner"),
         )
 
-    def _prepare(self, planner: Planner, observation: types_pb2.Observation) -> Callable[[], PreparedPlan]:
-        return functools.partial(_prepare, planner, observation, self.configuration.options)
-
     def _ready_planner(self) -> Planner:
         if self.planner is None:
             raise UnavailableError("the planner is being loaded and warmed up; try again later")
         return self.planner
 
 
-def _prepare(planner: Planner, observation: types_pb2.Observation, options: GenerationOptions) -> PreparedPlan:
+def _prepare(planner: Planner, request: _Request, options: GenerationOptions) -> PreparedPlan:
     """Decodes and prepares a request; what `models` finds wrong with it becomes the services' error."""
     channels_first = {spec.path for spec in planner.image_specs if spec.layout is ImageLayout.CHW}
-    entries, prompt = observation_from_proto(observation, channels_first)
+    entries, prompt = observation_from_proto(request.observation, channels_first)
     try:
-        return planner.prepare(entries, prompt=prompt, options=options)
+        return planner.prepare(
+            entries, prompt=prompt, options=options, seed=request.seed if request.HasField("seed") else None
+        )
     except InvalidObservationError as error:
         raise InvalidArgumentError(str(error), error.field) from error
 
@@ -120,12 +123,13 @@ def _deadline(arrived: float, timeout_s: float | None) -> float:
     return math.inf if timeout_s is None else arrived + timeout_s
 
 
-def _response(answer: Answer, arrived: float) -> planner_pb2.GenerateSubtaskResponse:
+def _response(answer: Answer, configuration: Configuration, arrived: float) -> planner_pb2.GenerateSubtaskResponse:
     total_ms = (time.monotonic() - arrived) * 1e3
     return planner_pb2.GenerateSubtaskResponse(
         text=answer.result.text,
         ms=total_ms,
         num_tokens=answer.result.num_tokens,
+        action_prompt=configuration.action_prompt(answer.result),
         timing=types_pb2.Timing(
             queue_ms=answer.queue_ms,
             preprocess_ms=answer.preprocess_ms,

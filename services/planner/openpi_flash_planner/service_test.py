@@ -287,6 +287,30 @@ async def test_a_changed_configuration_holds_from_the_next_request_on(service):
     assert (await service.stub.GenerateSubtask(make_request(), timeout=20)).text == changed.text
 
 
+async def test_the_action_policys_prompt_comes_along(service):
+    subtask = direct(service.planner).text
+    response = await service.stub.GenerateSubtask(make_request(), timeout=60)
+    assert response.action_prompt == f"{TASKS[0]}. Subtask: {subtask}"
+    await service.stub.UpdateConfig(
+        planner_pb2.UpdateConfigRequest(action_prompt_template="{subtask} ({task})"), timeout=20
+    )
+    observation = make_observation()
+    observation.prompt = "Fold the towel."  # as it was sent, not as the planner reads it
+    last = (await stream_call(service, observation))[-1].response
+    assert (last.text, last.action_prompt) == (subtask, f"{subtask} (Fold the towel.)")
+
+
+async def test_a_seed_makes_a_sampled_subtask_repeatable(service):
+    await service.stub.UpdateConfig(planner_pb2.UpdateConfigRequest(temperature=5, top_k=50), timeout=20)
+    request = make_request()
+    request.seed = 11
+    texts = {(await service.stub.GenerateSubtask(request, timeout=60)).text for _ in range(4)}
+    assert len(texts) == 1
+    stream = planner_pb2.GenerateSubtaskStreamRequest(observation=request.observation, seed=11)
+    messages = [message async for message in service.stub.GenerateSubtaskStream(stream, timeout=60)]
+    assert messages[-1].response.text == texts.pop()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
