@@ -80,7 +80,7 @@ def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
             "grpc_port": action_port,
         },
         "action_transport": {"websocket_port": websocket_port, "unix_socket_path": str(directory / "s")},
-        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port},
+        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port, "admin": None},
         "log": {"level": "error"},
     }
     path = directory / "settings.json"

@@ -10,13 +10,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from openpi_flash_cli.demo import free_ports
 from openpi_flash_cli.tiny import TinyPolicy
 
-READY = re.compile(r"Service ready \(mode=action_only, slots=\[action\]\)")
+READY = "Service ready"
 
 
 @dataclasses.dataclass
@@ -36,8 +37,11 @@ class Engine:
         return self.settings["action"]["grpc_port"]
 
     @property
-    def websocket_port(self) -> int:
-        return self.settings["action_transport"]["websocket_port"]
+    def admin_port(self) -> int:
+        return self.settings["gateway"]["admin"]["port"]
+
+    def websocket_port(self, slot: str = "action") -> int:
+        return self.settings[f"{slot}_transport"]["websocket_port"]
 
     def wait_for(self, pattern: str | re.Pattern[str], *, count: int = 1, timeout_s: float = 120) -> None:
         """Waits until so many lines of the log match."""
@@ -59,28 +63,42 @@ class Engine:
 
 
 def start_engine(
-    tiny: TinyPolicy, directory: Path, *, telemetry: dict[str, Any] | None = None, **action: Any
+    tiny: TinyPolicy,
+    directory: Path,
+    *,
+    slots: Sequence[str] = ("action",),
+    planner: dict[str, Any] | None = None,
+    telemetry: dict[str, Any] | None = None,
+    **action: Any,
 ) -> Engine:
-    """Starts an engine for a tiny policy on free ports; does not wait for it."""
-    grpc_port, action_port, websocket_port = free_ports(3)
-    settings = {
-        "action": {
+    """Starts an engine for a tiny policy on free ports; does not wait for it.
+
+    Args:
+        slots: of `action` and `planner`, both from the same checkpoint.
+        planner: fields of the `planner` section.
+        action: fields of the `action` section.
+    """
+    ports = iter(free_ports(6))
+    own = {
+        "action": {"max_batch_size": 2, "warm_up": {"prompt_buckets": [64]}, **action},
+        "planner": planner or {},
+    }
+    # A Unix socket's path may not be longer than 107 bytes; pytest's folders can be.
+    sockets = tempfile.mkdtemp(prefix="opf-")
+    settings: dict[str, Any] = {
+        slot: {
             "model_config_name": str(tiny.policy_file),
             "checkpoint_dir": str(tiny.checkpoint_dir),
             "precision": "float32",
-            "max_batch_size": 2,
-            "warm_up": {"prompt_buckets": [64]},
-            "grpc_port": action_port,
-            **action,
-        },
-        # A Unix socket's path may not be longer than 107 bytes; pytest's folders can be.
-        "action_transport": {
-            "websocket_port": websocket_port,
-            "unix_socket_path": f"{tempfile.mkdtemp(prefix='opf-')}/s",
-        },
-        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port},
-        "telemetry": telemetry or {},
+            "grpc_port": next(ports),
+            **own[slot],
+        }
+        for slot in slots
     }
+    for slot in ("action", "planner"):
+        settings[f"{slot}_transport"] = {"websocket_port": next(ports), "unix_socket_path": f"{sockets}/{slot}"}
+    settings["gateway"] = {"host": "127.0.0.1", "grpc_port": next(ports), "admin": {"port": next(ports)}}
+    settings["telemetry"] = telemetry or {}
     path = directory / "settings.json"
     path.write_text(json.dumps(settings))
     process = subprocess.Popen(

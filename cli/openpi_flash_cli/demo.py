@@ -66,7 +66,7 @@ def write_settings(directory: Path) -> tuple[Path, int]:
             "websocket_port": websocket_port,
             "unix_socket_path": str(directory / "openpi-action.sock"),
         },
-        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port},
+        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port, "admin": None},
     }
     path = directory / "settings.json"
     path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -27,6 +27,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def programs(settings: EngineSettings) -> list[Program]:
     """What has to run for these settings, in the order of starting."""
-    modules = [("action", "openpi_flash_action")] if settings.action is not None else []
-    modules.append(("gateway", "openpi_flash_gateway"))
-    return [Program(name, (sys.executable, "-m", module)) for name, module in modules]
+    return [Program(name, (sys.executable, "-m", f"openpi_flash_{name}")) for name in (*settings.slots, "gateway")]

@@ -9,6 +9,7 @@ from openpi_flash_models.checkpoints import synthetic
 from openpi_flash_models.policy_configs import load_policy_config
 
 VOCAB_SIZE = 512
+SEED = 1  # the first whose model, as a planner, writes letters
 
 MODEL = {
     "vision": {"width": 64, "depth": 2, "mlp_dim": 128, "num_heads": 4},
@@ -64,5 +65,5 @@ def make_tiny_policy(directory: Path, *, robot: str = "droid", layout: str = "ja
     policy_file.write_text(json.dumps(fields, indent=2) + "\n")
     checkpoint_dir = directory / f"{name}_{layout}"
     config = load_policy_config(policy_file)
-    synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, asset_ids=ASSETS)
+    synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, seed=SEED, asset_ids=ASSETS)
     return TinyPolicy(policy_file, checkpoint_dir)

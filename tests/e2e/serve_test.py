@@ -42,7 +42,7 @@ def over_websocket(connection: ClientConnection, observation: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def open_websocket(engine: Engine) -> Iterator[ClientConnection]:
-    with connect(f"ws://127.0.0.1:{engine.websocket_port}", compression=None, max_size=None) as connection:
+    with connect(f"ws://127.0.0.1:{engine.websocket_port()}", compression=None, max_size=None) as connection:
         assert openpi_msgpack.unpackb(connection.recv(60)) == {}  # DROID's configurations have no metadata
         yield connection
 
@@ -233,7 +233,7 @@ def test_an_oversized_message_is_refused(engine: Engine, observation: dict[str, 
 
 @pytest.mark.parametrize("transport", ["ws", "grpc"])
 def test_the_test_command_times_a_server(engine: Engine, transport: str):
-    port = engine.websocket_port if transport == "ws" else engine.grpc_port
+    port = engine.websocket_port() if transport == "ws" else engine.grpc_port
     command = [sys.executable, "-m", "openpi_flash_cli", "test", transport, "127.0.0.1", "--port", str(port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

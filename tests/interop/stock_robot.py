@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 from openpi_client.action_chunk_broker import ActionChunkBroker
@@ -46,6 +47,26 @@ def bad_prompt(policy, calls):
     except RuntimeError as error:
         return {"error": str(error)}
     return {"error": None}
+
+
+def requests(policy, calls):
+    """One call for each change to the observation in the list of them that the file beside OBSERVATION holds."""
+    changes = json.loads(Path(sys.argv[3]).with_suffix(".json").read_text())
+    return {"answers": [plain(policy.infer({**OBSERVATION, **change})) for change in changes]}
+
+
+def steady(policy, calls):
+    """One call after the other until told to stop; each answer is printed at once."""
+    count, stop = 0, told_to_stop()
+    while not stop.is_set():
+        print(json.dumps(plain(policy.infer(OBSERVATION))), flush=True)
+        count += 1
+    return {"calls": count}
+
+
+def plain(answer):
+    """An answer for JSON, with the shape of the actions in their place."""
+    return {key: list(value.shape) if key == "actions" else value for key, value in answer.items()}
 
 
 def garbage(policy, calls):
@@ -102,8 +123,5 @@ if __name__ == "__main__":
     connected = WebsocketClientPolicy("127.0.0.1", int(port))
     print("ready", flush=True)
     sys.stdin.readline()
-    print(
-        json.dumps(
-            {f.__name__: f for f in (policy, broker, bad_prompt, garbage, deaf, vanish)}[role](connected, int(calls))
-        )
-    )
+    roles = {f.__name__: f for f in (policy, broker, bad_prompt, requests, steady, garbage, deaf, vanish)}
+    print(json.dumps(roles[role](connected, int(calls))))

@@ -187,6 +187,9 @@ class Metrics:
         )
         self.received_bytes = make("Counter", "received_bytes", "Bytes of request messages.", method)
         self.sent_bytes = make("Counter", "sent_bytes", "Bytes of response messages.", method)
+        self.subtasks = make(
+            "Counter", "subtasks", "Actions with a planner before them, by the status of their subtask.", ("status",)
+        )
         self.queue_depth = make("Gauge", "queue_depth", "Requests being prepared or waiting, and open streams.")
         self.queue_wait_seconds = make("Histogram", "queue_wait_seconds", "Wait for the accelerator.", buckets=seconds)
         self.batch_size = make(

@@ -54,7 +54,7 @@ class Gateway:
             planner = PlannerEndpoint(settings, admission, self.planner)
         if settings.action_address is not None:
             self._action = ActionBackend(gateway, settings.action_address)
-            self._policy = Policy(settings, admission, self._action, planner)
+            self._policy = Policy(settings, admission, self._telemetry.metrics, self._action, planner)
         slots: dict[str, Endpoint | None] = {"action": self._policy, "planner": planner}
         self._endpoints = {slot: endpoint for slot, endpoint in slots.items() if endpoint is not None}
         self.endpoint = next(iter(self._endpoints.values()))

@@ -8,6 +8,8 @@ from openpi_flash.v1 import inference_pb2
 from openpi_flash_common.codec import tensor_from_proto, tensor_to_proto
 from openpi_flash_common.errors import InvalidArgumentError
 
+from openpi_flash_gateway.subtasks import STATUS_NAMES
+
 MODES = {
     "default": inference_pb2.MODE_DEFAULT,
     "subtask_only": inference_pb2.MODE_SUBTASK_ONLY,
@@ -16,15 +18,6 @@ MODES = {
 """Names of the modes in an observation dictionary."""
 
 _MAX_UINT32, _MAX_UINT64 = (1 << 32) - 1, (1 << 64) - 1
-
-
-SUBTASK_STATUS = {
-    inference_pb2.SUBTASK_STATUS_FRESH: "fresh",
-    inference_pb2.SUBTASK_STATUS_REUSED: "reused",
-    inference_pb2.SUBTASK_STATUS_FAILED: "failed",
-    inference_pb2.SUBTASK_STATUS_PENDING: "pending",
-}
-"""Names of a subtask's statuses in a result dictionary."""
 
 
 def request_from_dict(observation: Any) -> tuple[inference_pb2.InferRequest, bool]:
@@ -68,15 +61,15 @@ def request_from_dict(observation: Any) -> tuple[inference_pb2.InferRequest, boo
 def dict_from_response(response: inference_pb2.InferResponse) -> dict[str, Any]:
     """openpi's result dictionary, without `server_timing`: the arrays, `actions` first, then `policy_timing`.
 
-    Where a planner took part also `subtask`: `text`, `ms`, `status` (of SUBTASK_STATUS), and where they say something
-    `age_ms` and `error`.
+    Where a planner took part also `subtask`: `text`, `ms`, `status` (`fresh`, `reused`, `failed` or `pending`), and
+    where they say something `age_ms` and `error`.
     """
     names = sorted(response.tensors, key=lambda name: (name != "actions", name))
     result: dict[str, Any] = {name: tensor_from_proto(response.tensors[name], name) for name in names}
     result["policy_timing"] = {"infer_ms": response.timing.model_ms}
     if response.HasField("subtask"):
         subtask = response.subtask
-        result["subtask"] = {"text": subtask.text, "ms": subtask.ms, "status": SUBTASK_STATUS[subtask.status]}
+        result["subtask"] = {"text": subtask.text, "ms": subtask.ms, "status": STATUS_NAMES[subtask.status]}
         if subtask.age_ms:
             result["subtask"]["age_ms"] = subtask.age_ms
         if subtask.error:

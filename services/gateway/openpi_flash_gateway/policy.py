@@ -5,13 +5,13 @@ import time
 from openpi_flash.v1 import inference_pb2, planner_pb2, types_pb2
 from openpi_flash_common.errors import FailedPreconditionError
 from openpi_flash_common.settings import EngineSettings
-from openpi_flash_common.telemetry import NO_TRACE, TraceContext
+from openpi_flash_common.telemetry import NO_TRACE, Metrics, TraceContext
 
 from openpi_flash_gateway import wire
 from openpi_flash_gateway.action_backend import ActionBackend
 from openpi_flash_gateway.endpoint import Admission, Endpoint, check_mode
 from openpi_flash_gateway.planner_endpoint import PlannerEndpoint
-from openpi_flash_gateway.subtasks import Choice, Subtasks
+from openpi_flash_gateway.subtasks import STATUS_NAMES, Choice, Subtasks
 
 _RESERVED_SHARE = 0.25  # of a request's time, at least, for the action
 _MEAN_WEIGHT = 0.2  # of the newest action call in their mean time
@@ -27,7 +27,12 @@ class Policy(Endpoint):
     """
 
     def __init__(
-        self, settings: EngineSettings, admission: Admission, action: ActionBackend, planner: PlannerEndpoint | None
+        self,
+        settings: EngineSettings,
+        admission: Admission,
+        metrics: Metrics,
+        action: ActionBackend,
+        planner: PlannerEndpoint | None,
     ) -> None:
         super().__init__(settings.gateway, admission)
         self.subtasks: Subtasks | None = None
@@ -35,6 +40,7 @@ class Policy(Endpoint):
             self.subtasks = Subtasks(settings.planner, background_timeout_s=self._default_timeout_s)
         self.waits_for_planner = planner is not None
         self._mode = settings.mode
+        self._metrics = metrics
         self._action = action
         self._planner = planner
         self._mean_action_s = 0.0
@@ -97,6 +103,7 @@ class Policy(Endpoint):
         arrived = time.monotonic()
         choice = await self._choose(body, session_id, deadline, trace)
         chosen = time.monotonic()
+        self._metrics.subtasks.labels(STATUS_NAMES[choice.subtask.status]).inc()
         if choice.action_prompt:
             body = (*body, wire.write_prompt(choice.action_prompt))
         answer = await self._action.infer(body, deadline, trace)

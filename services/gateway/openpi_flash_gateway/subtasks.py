@@ -22,6 +22,7 @@ FRESH = inference_pb2.SUBTASK_STATUS_FRESH
 REUSED = inference_pb2.SUBTASK_STATUS_REUSED
 FAILED = inference_pb2.SUBTASK_STATUS_FAILED
 PENDING = inference_pb2.SUBTASK_STATUS_PENDING
+STATUS_NAMES = {FRESH: "fresh", REUSED: "reused", FAILED: "failed", PENDING: "pending"}
 
 Generate = Callable[[float], Awaitable[planner_pb2.GenerateSubtaskResponse]]
 """Writes a subtask from one observation by a deadline on the clock of `time.monotonic`; raises ServiceErrors."""
