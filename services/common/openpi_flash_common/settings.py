@@ -196,6 +196,11 @@ class PlannerSettings(ModelSettings, PlannerTuning):
     timeout_ms: int = Field(
         default=3000, ge=1, description="Most that an action waits for its subtask; then it goes without."
     )
+    background_interval_ms: int = Field(
+        default=500,
+        ge=0,
+        description="In the background cadence: least time from the start of a session's subtask to that of its next.",
+    )
     max_age_ms: int = Field(
         default=10_000, ge=1, description="In the background cadence: age at which a subtask is no longer used."
     )

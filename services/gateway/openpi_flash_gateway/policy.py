@@ -106,7 +106,10 @@ class Policy(Endpoint):
         self._metrics.subtasks.labels(STATUS_NAMES[choice.subtask.status]).inc()
         if choice.action_prompt:
             body = (*body, wire.write_prompt(choice.action_prompt))
-        answer = await self._action.infer(body, deadline, trace)
+        try:
+            answer = await self._action.infer(body, deadline, trace)
+        finally:
+            choice.then()
         answered = time.monotonic()
         self._mean_action_s += _MEAN_WEIGHT * (answered - chosen - self._mean_action_s)
         timing = types_pb2.Timing(planner_ms=(chosen - arrived) * 1e3, total_ms=(answered - arrived) * 1e3)

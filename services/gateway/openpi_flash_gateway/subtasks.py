@@ -2,8 +2,8 @@
 
 - every_request: each action waits for a subtask of its own.
 - interval: an action waits when the session's subtask is older than the interval; others use the one there is.
-- background: no action waits. While one is computed, the session's next subtask is being written from the newest
-  observation; an action uses the newest that is finished.
+- background: no action waits. When one is answered, and `planner.background_interval_ms` have passed since the last,
+  the session's next subtask is begun from its observation; an action uses the newest that is finished.
 
 A planner that fails, or is slower than `planner.timeout_ms`, costs the action its subtask and nothing else.
 """
@@ -11,6 +11,7 @@ A planner that fails, or is slower than `planner.timeout_ms`, costs the action i
 import asyncio
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
@@ -38,10 +39,12 @@ class Choice:
     Attributes:
         subtask: for the response.
         action_prompt: the action policy's prompt; empty: the request's own.
+        then: to be called when the action has been computed, so that what it begins is in nobody's way.
     """
 
     subtask: inference_pb2.Subtask
     action_prompt: str = ""
+    then: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +67,22 @@ class _Session:
         task: in words; another one begins a new session.
         finished: the newest subtask.
         attempt: the one that is being written, or the last.
+        next_at: when the next attempt may begin in the background.
         error: why the last attempt failed; empty: it did not.
         failed_at: when it did.
+        is_closed: the session is over.
     """
 
     task: str
     finished: _Finished | None = None
     attempt: "asyncio.Task[_Finished] | None" = None
+    next_at: float = -1e9
     error: str = ""
     failed_at: float = -1e9
+    is_closed: bool = False
 
     def close(self) -> None:
+        self.is_closed = True
         if self.attempt is not None:
             self.attempt.cancel()
 
@@ -96,6 +104,7 @@ class Subtasks:
         self.cadence: Cadence = settings.cadence
         self._timeout_s = settings.timeout_ms / 1e3
         self._max_age_s = settings.max_age_ms / 1e3
+        self._background_interval_s = settings.background_interval_ms / 1e3
         self._background_timeout_s = background_timeout_s
         self._clock = clock
         self._sessions: collections.OrderedDict[str, _Session] = collections.OrderedDict()
@@ -157,10 +166,17 @@ class Subtasks:
             return _failed("the session was reset while its subtask was being written")
 
     def _background(self, session: _Session, generate: Generate) -> Choice:
+        return dataclasses.replace(self._newest(session), then=functools.partial(self._begin_next, session, generate))
+
+    def _begin_next(self, session: _Session, generate: Generate) -> None:
         now = self._clock()
-        if (session.attempt is None or session.attempt.done()) and now - session.failed_at >= _RETRY_S:
-            session.attempt = self._start(session, self._background_timeout_s, generate)
-        finished = session.finished
+        if now < session.next_at or session.is_closed or not (session.attempt is None or session.attempt.done()):
+            return
+        session.next_at = now + self._background_interval_s
+        session.attempt = self._start(session, self._background_timeout_s, generate)
+
+    def _newest(self, session: _Session) -> Choice:
+        now, finished = self._clock(), session.finished
         if finished is not None and now - finished.at < self._max_age_s:
             return finished.choice(REUSED, now - finished.at, session.error)
         if session.error:
@@ -181,6 +197,7 @@ class Subtasks:
                 session.finished, session.error, session.failed_at = attempt.result(), "", -1e9
             else:
                 session.error, session.failed_at = _reason(error), self._clock()
+                session.next_at = session.failed_at + _RETRY_S
 
         attempt.add_done_callback(done)
         return attempt

@@ -22,11 +22,13 @@ class Bench:
         self.error: Exception | None = None
         self.num_asked = 0
         self.num_cancelled = 0
-        planner = PlannerSettings(checkpoint_dir="nowhere", **settings)
+        planner = PlannerSettings(checkpoint_dir="nowhere", **{"background_interval_ms": 0, **settings})
         self.subtasks = Subtasks(planner, background_timeout_s=30, clock=lambda: self.now)
 
     async def choose(self, session_id: str = "robot", task: str = "task", *, time_s: float = 5.0) -> Choice:
-        return await self.subtasks.choose(session_id, task, self.now + time_s, self._generate)
+        choice = await self.subtasks.choose(session_id, task, self.now + time_s, self._generate)
+        choice.then()
+        return choice
 
     async def settle(self) -> None:
         """Lets what can finish do so."""
@@ -142,6 +144,29 @@ async def test_in_the_background_nothing_waits_and_the_newest_finished_subtask_i
     bench.hold.set()
     await bench.settle()
     assert seen(await bench.choose()) == (REUSED, "2", "do 2")
+
+
+async def test_in_the_background_subtasks_keep_their_distance_and_begin_when_the_action_is_there():
+    bench = Bench(cadence="background", background_interval_ms=500)
+    choice = await bench.subtasks.choose("robot", "task", bench.now + 5, bench._generate)
+    await bench.settle()
+    assert bench.num_asked == 0
+    choice.then()
+    await bench.settle()
+    for later_s, num_asked in ((0.0, 1), (0.4, 1), (0.2, 2), (0.4, 2)):
+        bench.now += later_s
+        await bench.choose()
+        await bench.settle()
+        assert bench.num_asked == num_asked
+
+
+async def test_an_action_that_ends_after_its_sessions_reset_begins_nothing():
+    bench = Bench(cadence="background")
+    choice = await bench.subtasks.choose("robot", "task", bench.now + 5, bench._generate)
+    bench.subtasks.forget("robot")
+    choice.then()
+    await bench.settle()
+    assert bench.num_asked == 0
 
 
 async def test_in_the_background_a_failure_is_told_beside_the_old_subtask_until_that_is_too_old():
