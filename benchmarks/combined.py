@@ -1,7 +1,8 @@
 """What a planner costs an action: round trips of combined mode in each cadence beside action-only, in one run.
 
 One server, one robot, on loopback; `mode="action_only"` and combined mode in each cadence are called in turn in short
-blocks, so that a noisy moment of the machine hits all of them. Two planners: one that takes a second and no processor,
+blocks, so that a noisy moment of the machine hits all of them. Action-only is sent the prompt that combined mode makes,
+so that the model has the same to read. Two planners: one that takes a second and no processor,
 as one on an accelerator of its own would, and a tiny one that shares the processor with everything else. The action
 model is tiny, on the processor, too.
 """
@@ -33,6 +34,7 @@ CADENCES: dict[str, Any] = {
 ARMS = ("action only", *CADENCES)
 PLANNERS = {"slow": "a planner that takes 1 s", "tiny": "a tiny planner on the same processor"}
 TARGET_BACKGROUND = 1.05
+PROMPT = "fold the towel"
 
 
 def main() -> int:
@@ -57,12 +59,18 @@ def measure(planner: str, arguments: argparse.Namespace) -> dict[str, dict[str, 
     with tempfile.TemporaryDirectory(prefix="opf-") as temporary, ExitStack() as stack:
         robot, admin_port = start(stack, Path(temporary), planner)
         pause_s = 1 / arguments.hz if arguments.hz else 0.0
+        set_cadence(admin_port, "every_request")
+        subtask = robot.infer(observe(PROMPT), mode="subtask_only")["subtask"]["text"]
         round_trips: dict[str, list[float]] = {arm: [] for arm in ARMS}
         statuses: dict[str, dict[str, int]] = {arm: {} for arm in ARMS}
         for block in range(arguments.blocks + 1):
             for arm in ARMS:
                 slow = (planner, arm) == ("slow", "every_request")
-                calls = call(robot, admin_port, arm, arguments.slow_calls if slow else arguments.calls, pause_s)
+                if arm in CADENCES:
+                    set_cadence(admin_port, CADENCES[arm])
+                observation = observe(PROMPT if arm in CADENCES else f"{PROMPT}. Subtask: {subtask}")
+                mode = "default" if arm in CADENCES else "action_only"
+                calls = call(robot, observation, mode, arguments.slow_calls if slow else arguments.calls, pause_s)
                 if block:  # the first warms up
                     for round_trip_ms, status in calls:
                         round_trips[arm].append(round_trip_ms)
@@ -73,15 +81,15 @@ def measure(planner: str, arguments: argparse.Namespace) -> dict[str, dict[str, 
     }
 
 
-def call(robot: GrpcPolicy, admin_port: int, arm: str, count: int, pause_s: float) -> list[tuple[float, str]]:
+def observe(prompt: str) -> dict[str, Any]:
+    pictures = {name: camera_picture(i, 0, height=224, width=224) for i, name in enumerate(("top", "left", "right"))}
+    return {**pictures, "state": np.linspace(-0.5, 0.5, 8), "prompt": prompt}
+
+
+def call(
+    robot: GrpcPolicy, observation: dict[str, Any], mode: str, count: int, pause_s: float
+) -> list[tuple[float, str]]:
     """Round trip in ms, and what is said of the subtask, of each call."""
-    if arm in CADENCES:
-        set_cadence(admin_port, CADENCES[arm])
-    mode = "default" if arm in CADENCES else "action_only"
-    observation = {
-        f"{name}": camera_picture(i, 0, height=224, width=224) for i, name in enumerate(("top", "left", "right"))
-    }
-    observation |= {"state": np.linspace(-0.5, 0.5, 8), "prompt": "fold the towel"}
     calls = []
     for _ in range(count):
         started = time.perf_counter()
