@@ -31,29 +31,34 @@ def write_request(
     request: inference_pb2.InferRequest,
     observation: Mapping[str, Any],
     *,
-    mode: str,
+    mode: str | None,
     seed: int | None,
     noise: Any,
-    num_steps: int,
+    num_steps: int | None,
 ) -> None:
-    """Fills in a request. Nested maps become names joined by `/`.
+    """Fills in a request. Nested maps become names joined by `/`; options that are None may be among the entries.
 
     Raises:
         InvalidArgumentError: an entry or option that cannot be sent, naming it.
     """
+    entries = dict(observation)
+    options = {name: entries.pop(name, None) for name in ("mode", "seed", "noise", "num_steps")}
+    given = {"mode": mode, "seed": seed, "noise": noise, "num_steps": num_steps}
+    options |= {name: value for name, value in given.items() if value is not None}
+    mode, noise = options["mode"] or "default", options["noise"]
     if mode not in MODES:
         raise InvalidArgumentError(f"mode: {mode!r} is not one of {', '.join(MODES)}", field="mode")
     request.mode = MODES[mode]
-    if seed is not None:
-        request.seed = _integer(seed, "seed", 64)
-    request.num_steps = _integer(num_steps, "num_steps", 32)
+    if options["seed"] is not None:
+        request.seed = _integer(options["seed"], "seed", 64)
+    if options["num_steps"] is not None:
+        request.num_steps = _integer(options["num_steps"], "num_steps", 32)
     if noise is not None:
         try:
             noise = np.asarray(noise, np.float32)
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError("noise: an array of numbers is expected", field="noise") from error
         _write_tensor(request.noise, noise, "noise")
-    entries = dict(observation)
     prompt = entries.pop("prompt", None)
     if prompt is not None:
         request.observation.prompt = _text(prompt)

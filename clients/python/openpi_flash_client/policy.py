@@ -101,8 +101,8 @@ class GrpcPolicy:
         *,
         seed: int | None = None,
         noise: Any = None,
-        num_steps: int = 0,
-        mode: str = "default",
+        num_steps: int | None = None,
+        mode: str | None = None,
         timeout_s: float | None = None,
         traceparent: str = "",
     ) -> dict[str, Any]:
@@ -110,17 +110,19 @@ class GrpcPolicy:
 
         Args:
             obs: openpi's observation dictionary: arrays and numbers, nested or with `/` in their names, and `prompt`.
+                It may also hold the options `seed`, `noise`, `num_steps` and `mode`; those given here go before.
             seed: of the starting noise: the same seed and observation give the same actions. None: fresh noise.
             noise: the starting noise itself, (action_horizon, action_dim), in place of a seed.
-            num_steps: flow steps, 1 to 100; 0: the server's default.
-            mode: `default`, `action_only` or `subtask_only`.
+            num_steps: flow steps, 1 to 100; None: the server's default.
+            mode: `default`, `action_only` or `subtask_only`; None: `default`.
             timeout_s: time this call may take, a new connection included; None: the policy's own.
             traceparent: W3C trace context of the caller.
 
         Returns:
             `actions`: (action_horizon, robot's action dims) float64; `policy_timing` and `server_timing` as openpi has
             them (`infer_ms`); `timing`: all of the server's times, in ms (`queue_ms`, `preprocess_ms`, `model_ms`,
-            `postprocess_ms`, `planner_ms`, `total_ms`) and `batch_size`; `subtask` where a planner took part.
+            `postprocess_ms`, `planner_ms`, `total_ms`) and `batch_size`; where a planner took part `subtask`: `text`,
+            `ms`, `status` (`fresh`, `reused`, `failed` or `pending`), `error` and `age_ms`.
 
         Raises:
             PolicyTimeoutError: no answer in time.

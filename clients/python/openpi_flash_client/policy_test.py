@@ -110,6 +110,11 @@ def test_an_observation_goes_out_and_actions_come_back(server, policy):
     assert "subtask" not in answer
 
     (received,) = server.received
+    policy.infer({"seed": 9, "num_steps": 5, "mode": "action_only", "noise": np.ones((2, 3))}, seed=2)
+    as_entries = server.received.pop().request
+    assert (as_entries.seed, as_entries.num_steps, as_entries.mode) == (2, 5, inference_pb2.MODE_ACTION_ONLY)
+    assert as_entries.noise == received.request.noise
+    assert not as_entries.observation.tensors
     assert 0 < received.timeout_ms <= 3000
     assert received.traceparent == "00-a"
     request = received.request

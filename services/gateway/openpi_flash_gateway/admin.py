@@ -3,17 +3,15 @@
 import asyncio
 import contextlib
 import hmac
+import logging
 import socket
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-import swagger_ui_bundle
 import uvicorn
 from fastapi import Body, Depends, FastAPI, HTTPException, Response, status
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from google.protobuf.json_format import MessageToDict
 from openpi_flash.v1 import planner_pb2
 from openpi_flash_common.errors import InvalidArgumentError, ServiceError, UnavailableError
@@ -23,6 +21,9 @@ from pydantic import BaseModel, Field
 from openpi_flash_gateway.endpoint import Endpoint
 from openpi_flash_gateway.planner_backend import PlannerBackend
 from openpi_flash_gateway.subtasks import Subtasks
+
+logger = logging.getLogger(__name__)
+logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it tells of every start and stop
 
 _STOP_TIMEOUT_S = 2
 
@@ -106,6 +107,7 @@ class AdminServer:
         except OSError as error:
             raise SettingsError(f"gateway.admin.port: cannot listen on {host}:{port}: {error.strerror}") from error
         self.port = listener.getsockname()[1]
+        logger.info("listening for operators", extra={"port": self.port})
         self._serving = asyncio.create_task(self._server.serve([listener]))
 
     async def stop(self) -> None:
@@ -127,20 +129,9 @@ def _app(
     planner: PlannerBackend | None,
     subtasks: Subtasks | None,
 ) -> FastAPI:
-    app = FastAPI(title="openpi-flash", description="Health and planner configuration.", docs_url=None, redoc_url=None)
-    # The page's own script and style come from here: a robot's network need not reach the internet.
-    app.mount("/static", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path))
+    # The page brings its own script and style: a robot's network need not reach the internet.
+    app = FastAPIOffline(title="openpi-flash", description="Health and planner configuration.", redoc_url=None)
     protected = [Depends(_authorization(settings.gateway.admin))]
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title="openpi-flash",
-            swagger_js_url="/static/swagger-ui-bundle.js",
-            swagger_css_url="/static/swagger-ui.css",
-            swagger_favicon_url="/static/favicon-32x32.png",
-        )
 
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:

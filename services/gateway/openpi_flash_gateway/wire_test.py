@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
-from openpi_flash.v1 import inference_pb2, types_pb2
+from openpi_flash.v1 import inference_pb2, planner_pb2, types_pb2
 from openpi_flash_common.errors import InvalidArgumentError
 
 from openpi_flash_gateway import wire
@@ -25,6 +25,35 @@ def test_head_is_read_wherever_its_fields_stand():
     late = inference_pb2.InferRequest(session_id="later", mode=3).SerializeToString()
     assert wire.read_head([body + late]) == wire.read_head([body, late]) == wire.Head("later", 3)
     assert wire.read_head([b""]) == wire.read_head([]) == wire.Head("", 0)
+
+
+def test_what_a_planner_needs_is_read_and_written_as_protobuf_does():
+    pieces = [
+        inference(seed=3).SerializeToString(),
+        inference_pb2.InferRequest(observation=types_pb2.Observation(prompt="stop")).SerializeToString(),
+    ]
+    merged = inference_pb2.InferRequest.FromString(b"".join(pieces))
+    question = wire.read_question(pieces)
+    assert (question.prompt, question.seed) == ("stop", 3)
+    asked = planner_pb2.GenerateSubtaskRequest.FromString(wire.write_subtask_request("robot", question, "tidy up"))
+    expected = planner_pb2.GenerateSubtaskRequest(session_id="robot", seed=3, observation=merged.observation)
+    assert asked == expected
+    nothing = wire.read_question([inference_pb2.InferRequest(session_id="a").SerializeToString()])
+    assert nothing == wire.Question(None, None, [])
+    asked = planner_pb2.GenerateSubtaskRequest.FromString(wire.write_subtask_request("", nothing, "tidy up"))
+    assert asked == planner_pb2.GenerateSubtaskRequest(observation=types_pb2.Observation(prompt="tidy up"))
+    told = inference_pb2.InferRequest.FromString(b"".join([*pieces, wire.write_prompt("go on")]))
+    merged.observation.prompt = "go on"
+    assert told == merged
+    empty = wire.read_question([inference_pb2.InferRequest(observation={"prompt": ""}).SerializeToString()])
+    assert empty.prompt == ""
+
+
+@pytest.mark.parametrize("observation", [b"\x1a\x7f", b"\x1a\x02\xff\xfe"])
+def test_an_observation_that_is_none_is_refused(observation):
+    body = b"\x32" + bytes([len(observation)]) + observation
+    with pytest.raises(InvalidArgumentError):
+        wire.read_question([body])
 
 
 def test_stream_requests_are_read_and_written_as_protobuf_does():
