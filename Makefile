@@ -8,7 +8,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .cache/uv/bin/uv)
 PY := .venv/bin/python
 SOURCES := $(shell git ls-files --cached --others --exclude-standard '*pyproject.toml' 'proto/*.proto' proto/hatch_build.py)
 
-.PHONY: help demo install test lint format golden smoke-full-size bench-overhead proto-breaking stubs lock clean
+.PHONY: help demo install test lint format golden smoke-full-size bench-overhead bench-combined proto-breaking stubs lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ smoke-full-size: .venv/.dev ## Write, load and serve a full-size random pi0.5 on
 
 bench-overhead: .venv/.dev $(STOCK_CLIENT) ## Time outside the model, beside openpi's own arrangement
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py
+
+bench-combined: .venv/.dev ## What a planner costs an action, in each cadence, beside action-only
+	OMP_NUM_THREADS=1 $(PY) benchmarks/combined.py
 
 OUT ?= build/stubs
 stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT
