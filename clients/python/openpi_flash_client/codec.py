@@ -27,32 +27,24 @@ _SUBTASK_STATUS = {
 }
 
 
-def write_request(
-    request: inference_pb2.InferRequest,
-    observation: Mapping[str, Any],
-    *,
-    mode: str | None,
-    seed: int | None,
-    noise: Any,
-    num_steps: int | None,
-) -> None:
-    """Fills in a request. Nested maps become names joined by `/`; options that are None may be among the entries.
+def write_request(request: inference_pb2.InferRequest, observation: Mapping[str, Any]) -> None:
+    """Fills in a request. Nested maps become names joined by `/`.
+
+    Not part of the observation are the top-level keys `prompt`, `mode`, `seed`, `noise` and `num_steps`.
 
     Raises:
         InvalidArgumentError: an entry or option that cannot be sent, naming it.
     """
     entries = dict(observation)
-    options = {name: entries.pop(name, None) for name in ("mode", "seed", "noise", "num_steps")}
-    given = {"mode": mode, "seed": seed, "noise": noise, "num_steps": num_steps}
-    options |= {name: value for name, value in given.items() if value is not None}
-    mode, noise = options["mode"] or "default", options["noise"]
+    mode, seed, noise, num_steps = (entries.pop(name, None) for name in ("mode", "seed", "noise", "num_steps"))
+    mode = "default" if mode is None else mode
     if mode not in MODES:
         raise InvalidArgumentError(f"mode: {mode!r} is not one of {', '.join(MODES)}", field="mode")
     request.mode = MODES[mode]
-    if options["seed"] is not None:
-        request.seed = _integer(options["seed"], "seed", 64)
-    if options["num_steps"] is not None:
-        request.num_steps = _integer(options["num_steps"], "num_steps", 32)
+    if seed is not None:
+        request.seed = _integer(seed, "seed", 64)
+    if num_steps is not None:
+        request.num_steps = _integer(num_steps, "num_steps", 32)
     if noise is not None:
         try:
             noise = np.asarray(noise, np.float32)

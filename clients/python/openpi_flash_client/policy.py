@@ -1,5 +1,6 @@
 """A policy on a server, with the interface of openpi's policies."""
 
+import functools
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import grpc
 from openpi_flash.v1 import inference_pb2
 
 from openpi_flash_client.channel import open_channel
+from openpi_flash_client.chunks import ActionChunks, default_horizon
 from openpi_flash_client.codec import read_metadata, read_response, write_request
 from openpi_flash_client.errors import PolicyError, PolicyTimeoutError, UnavailableError, from_rpc_error, from_status
 from openpi_flash_client.stream import Deadlines, LostError, Stream
@@ -46,6 +48,8 @@ class GrpcPolicy:
         insecure_plaintext: bool = False,
         token: str | None = None,
         session_id: str | None = None,
+        open_loop_horizon: int | None = None,
+        prefetch_steps: int = 0,
     ) -> None:
         """Connects, and waits until the server is ready.
 
@@ -64,6 +68,10 @@ class GrpcPolicy:
             insecure_plaintext: send everything, the token included, unencrypted to a host that is not this machine.
             token: sent with every call.
             session_id: groups what the server keeps for this robot; None: a random one.
+            open_loop_horizon: `infer` gives one step of the last chunk, and asks for the next chunk after so many; then
+                it is for one thread. None: $OPENPI_OPEN_LOOP_HORIZON, or else `infer` gives whole chunks.
+            prefetch_steps: with an open_loop_horizon, how many steps before the last the next chunk is asked for, in
+                the background; its first steps, which are over when it takes over, are left out.
 
         Raises:
             UnavailableError: no ready server within `connect_timeout_s`.
@@ -71,6 +79,8 @@ class GrpcPolicy:
             ValueError: options that contradict each other.
             OSError: a certificate or key cannot be read.
         """
+        horizon = default_horizon() if open_loop_horizon is None else open_loop_horizon
+        self._chunks = None if horizon is None else ActionChunks(horizon, prefetch=prefetch_steps)
         self.session_id = uuid.uuid4().hex if session_id is None else session_id
         self._timeout_s = timeout_s
         self._channel, self._address = open_channel(
@@ -119,21 +129,28 @@ class GrpcPolicy:
             traceparent: W3C trace context of the caller.
 
         Returns:
-            `actions`: (action_horizon, robot's action dims) float64; `policy_timing` and `server_timing` as openpi has
-            them (`infer_ms`); `timing`: all of the server's times, in ms (`queue_ms`, `preprocess_ms`, `model_ms`,
-            `postprocess_ms`, `planner_ms`, `total_ms`) and `batch_size`; where a planner took part `subtask`: `text`,
-            `ms`, `status` (`fresh`, `reused`, `failed` or `pending`), `error` and `age_ms`.
+            `actions`: (action_horizon, robot's action dims) float64, or with an open_loop_horizon one row of it;
+            `policy_timing` and `server_timing` as openpi has them (`infer_ms`); `timing`: all of the server's times, in
+            ms (`queue_ms`, `preprocess_ms`, `model_ms`, `postprocess_ms`, `planner_ms`, `total_ms`) and `batch_size`;
+            where a planner took part `subtask`: `text`, `ms`, `status` (`fresh`, `reused`, `failed` or `pending`),
+            `error` and `age_ms`.
 
         Raises:
             PolicyTimeoutError: no answer in time.
             InvalidArgumentError: an entry cannot be used; the error names it.
             PolicyError: any other failure; see its subclasses.
         """
+        given = {"seed": seed, "noise": noise, "num_steps": num_steps, "mode": mode}
+        obs = {**obs, **{name: value for name, value in given.items() if value is not None}}
+        ask = functools.partial(self._infer_chunk, timeout_s=timeout_s, traceparent=traceparent)
+        return ask(obs) if self._chunks is None else self._chunks.infer(obs, ask)
+
+    def _infer_chunk(self, obs: Mapping[str, Any], timeout_s: float | None, traceparent: str) -> dict[str, Any]:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         message = inference_pb2.InferStreamRequest(traceparent=traceparent)
         message.request.session_id = self.session_id
-        write_request(message.request, obs, mode=mode, seed=seed, noise=noise, num_steps=num_steps)
+        write_request(message.request, obs)
         stream = self._take()
         try:
             try:
@@ -155,11 +172,13 @@ class GrpcPolicy:
         return read_response(answer.response)
 
     def reset(self) -> None:
-        """Makes the server forget this robot's session.
+        """Makes the server forget this robot's session, and drops the chunk whose steps are being served.
 
         Raises:
             PolicyError: the server did not do so.
         """
+        if self._chunks is not None:
+            self._chunks.reset()
         request = inference_pb2.ResetRequest(session_id=self.session_id)
         self._call("Reset", request.SerializeToString(), self._timeout_s)
 
@@ -177,6 +196,8 @@ class GrpcPolicy:
     def close(self) -> None:
         """Ends the connection, and with it requests in flight."""
         self._closed = True
+        if self._chunks is not None:
+            self._chunks.close()
         with self._lock:
             idle, self._idle = self._idle, []
         for stream in idle:

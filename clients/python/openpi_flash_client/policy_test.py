@@ -110,6 +110,10 @@ def test_an_observation_goes_out_and_actions_come_back(server, policy):
     assert "subtask" not in answer
 
     (received,) = server.received
+    with GrpcPolicy("127.0.0.1", server.port, open_loop_horizon=2) as stepwise:
+        rows = [stepwise.infer({"prompt": "go"}, seed=2)["actions"] for _ in range(2)]
+    np.testing.assert_array_equal(rows, ACTIONS + 2)
+    assert server.received.pop().request.seed == 2
     policy.infer({"seed": 9, "num_steps": 5, "mode": "action_only", "noise": np.ones((2, 3))}, seed=2)
     as_entries = server.received.pop().request
     assert (as_entries.seed, as_entries.num_steps, as_entries.mode) == (2, 5, inference_pb2.MODE_ACTION_ONLY)

@@ -1,0 +1,113 @@
+"""Action chunks one step at a time: `horizon` steps of each chunk are carried out before the next chunk is asked for.
+
+With `prefetch` steps left, the next chunk is asked for in the background, from the observation of that moment. When it
+takes over, its first steps lie in the past: they are left out, one for each call since.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+HORIZON_VARIABLE = "OPENPI_OPEN_LOOP_HORIZON"
+
+Infer = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def default_horizon() -> int | None:
+    """The horizon that the environment names; None: none.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    text = os.environ.get(HORIZON_VARIABLE, "")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{HORIZON_VARIABLE}: {text!r}; a positive whole number is expected")
+    return int(text)
+
+
+class ActionChunks:
+    """Serves the steps of one robot's chunks. Not for several threads at once."""
+
+    def __init__(self, horizon: int, *, prefetch: int = 0) -> None:
+        """
+        Args:
+            horizon: steps of a chunk that are carried out.
+            prefetch: steps before the last at which the next chunk is asked for; 0: when it is needed.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        if horizon < 1:
+            raise ValueError(f"open_loop_horizon: {horizon}; at least 1 is expected")
+        if not 0 <= prefetch <= horizon:
+            raise ValueError(f"prefetch_steps: {prefetch}; 0 to {horizon}, the open_loop_horizon, is expected")
+        self._horizon = horizon
+        self._prefetch = prefetch
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "openpi-prefetch") if prefetch else None
+        self._chunk: dict[str, Any] | None = None
+        self._next: concurrent.futures.Future[dict[str, Any]] | None = None
+        self._step = self._end = 0  # of the chunk: the next step, and the one before which the next chunk takes over
+        self._age = 0  # calls since the next chunk was asked for
+        self._prompt: Any = None
+
+    def infer(self, observation: Mapping[str, Any], ask: Infer) -> dict[str, Any]:
+        """The answer of one step: `actions` is a row of the chunk; everything else is as it came with the chunk.
+
+        A changed prompt drops the chunk, for it belongs to another task.
+
+        Args:
+            observation: of this step.
+            ask: gives a chunk for an observation; also called in another thread.
+
+        Raises:
+            ValueError: the policy's chunks are shorter than the horizon.
+            PolicyError: there is no chunk, and why.
+        """
+        prompt = observation.get("prompt")
+        if not _equal(prompt, self._prompt):
+            self.reset()
+            self._prompt = prompt
+        if self._chunk is None or self._step >= self._end:
+            self._take_over(observation, ask)
+        chunk, step = self._chunk, self._step
+        assert chunk is not None  # noqa: S101 - taken over above, or raised
+        self._step += 1
+        if self._next is not None:
+            self._age += 1
+        elif self._executor is not None and self._step >= self._end - self._prefetch:
+            self._next = self._executor.submit(ask, dict(observation))
+            self._age = 1
+        return {**chunk, "actions": chunk["actions"][step]}
+
+    def reset(self) -> None:
+        """Drops the chunk, and the one that was asked for."""
+        self._chunk = self._next = None
+
+    def close(self) -> None:
+        """Waits for nothing; what was asked for is dropped."""
+        self.reset()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _take_over(self, observation: Mapping[str, Any], ask: Infer) -> None:
+        asked, self._next, self._chunk = self._next, None, None
+        chunk, first = None, 0
+        if asked is not None:
+            with contextlib.suppress(Exception):  # asked for again, now, and then it is the caller's
+                chunk, first = asked.result(), self._age
+        if chunk is None or first >= len(chunk["actions"]):
+            chunk, first = ask(observation), 0
+        length = len(chunk["actions"])
+        if self._horizon > length:
+            raise ValueError(f"open_loop_horizon: {self._horizon}; the policy's chunks have {length} steps")
+        self._chunk, self._step, self._end = chunk, first, min(first + self._horizon, length)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.all(np.asarray(one) == np.asarray(other)))
