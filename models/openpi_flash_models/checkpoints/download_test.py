@@ -1,10 +1,6 @@
 """Tests of downloads against servers on loopback that speak the bucket's and the hub's protocols, and misbehave."""
 
-import base64
 import contextlib
-import hashlib
-import http.server
-import json
 import re
 import shutil
 import signal
@@ -13,165 +9,20 @@ import sys
 import threading
 import time
 import types
-import urllib.parse
 
 import pytest
 
-from openpi_flash_models.checkpoints import download
+from openpi_flash_models.checkpoints import download, progress
 from openpi_flash_models.checkpoints.detect import detect
 from openpi_flash_models.checkpoints.download import resolve
 from openpi_flash_models.checkpoints.fetch import Fetcher
 from openpi_flash_models.checkpoints.safetensors_source_test import GOLDEN
 from openpi_flash_models.errors import CheckpointError, DownloadError
+from tests.remotes import BucketHandler, HubHandler, serving
 
 CHECKPOINT = GOLDEN / "pi0_a/checkpoint"
 FILES = {str(path.relative_to(CHECKPOINT)): path.read_bytes() for path in CHECKPOINT.rglob("*") if path.is_file()}
 LARGEST = max(FILES, key=lambda name: len(FILES[name]))
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """What both protocols need: content by path, byte ranges, a log, and faults on demand.
-
-    Attributes:
-        faults: path → what to do to its next requests, one each: a status to answer with, or a function of the body.
-        cut_after: path → bytes after which the connection of each request for it is closed.
-        hold: when set, a cut connection stays open, silent, until the event is set.
-        requests: (path, Range header) of each request for content.
-    """
-
-    daemon_threads = True
-    request_queue_size = 64  # the default drops some of eight connections at once, and each then waits a second
-
-    def __init__(self, handler):
-        super().__init__(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.faults, self.cut_after, self.requests = {}, {}, []
-        self.hold = None
-        self.ranges = True
-
-    def handle_error(self, request, client_address):
-        """A client that was killed is no fault of the server's."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, body, status=200, headers=()):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **dict(headers)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def answer_json(self, content, status=200, headers=()):
-        self.answer(json.dumps(content).encode(), status, headers)
-
-    def answer_content(self, name, body, headers=()):
-        server = self.server
-        if self.command == "GET":
-            server.requests.append((name, self.headers.get("Range")))
-            fault = server.faults.get(name) and server.faults[name].pop(0)
-            if isinstance(fault, int):
-                return self.answer_json({"error": "a fault"}, fault)
-            if fault:
-                body = fault(body)
-        status = 200
-        if server.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
-            headers = {**dict(headers), "Content-Range": f"bytes {match[1]}-{len(body) - 1}/{len(body)}"}
-            body, status = body[int(match[1]) :], 206
-        if self.command == "GET" and name in server.cut_after:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: server.cut_after[name]])
-            self.wfile.flush()
-            if server.hold is not None:
-                server.hold.wait(30)
-            self.close_connection = True
-            return None
-        return self.answer(body, status, headers)
-
-
-class BucketHandler(Handler):
-    """The JSON API of Google Cloud Storage: list, describe, media; three names to a page."""
-
-    def do_GET(self):
-        url = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(url.query))
-        match = re.fullmatch(r"/storage/v1/b/assets/o(?:/([^/]+))?", url.path)
-        objects = self.server.objects
-        if not match:
-            return self.answer_json({"error": {"code": 404}}, 404)
-        if match[1] is None:
-            names = sorted(name for name in objects if name.startswith(query["prefix"]))
-            start = int(query.get("pageToken", 0))
-            page = {"items": [self.describe(name) for name in names[start : start + 3]]}
-            if start + 3 < len(names):
-                page["nextPageToken"] = str(start + 3)
-            return self.answer_json(page if page["items"] else {})
-        name = urllib.parse.unquote(match[1])
-        if name not in objects:
-            return self.answer_json({"error": {"code": 404}}, 404)
-        if query.get("alt") == "media":
-            assert query["generation"] == self.describe(name)["generation"]
-            return self.answer_content(name, objects[name])
-        return self.answer_json(self.describe(name))
-
-    def describe(self, name):
-        body = self.server.objects[name]
-        digest = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-        generation = str(int.from_bytes(hashlib.md5(body, usedforsecurity=False).digest()[:4]))
-        described = {"name": name, "size": str(len(body)), "generation": generation}
-        return described if name in self.server.without_md5 else {**described, "md5Hash": digest}
-
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-class HubHandler(Handler):
-    """The hub's model information and content. The largest file is kept as LFS does, with a SHA-256."""
-
-    def do_GET(self):
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        self.server.authorizations.append(self.headers.get("Authorization"))
-        if re.fullmatch(r"/api/models/org/repo(/revision/(main|v1))?", path):
-            siblings = [self.describe(name) for name in self.server.objects]
-            return self.answer_json({"id": "org/repo", "sha": SHA, "siblings": siblings})
-        name = path.removeprefix(f"/org/repo/resolve/{SHA}/")
-        if name in self.server.objects:
-            if self.server.redirect_to:
-                return self.answer(b"", 302, {"Location": self.server.redirect_to + self.path})
-            return self.answer_content(name, self.server.objects[name])
-        code = "RevisionNotFound" if "/revision/" in path else "RepoNotFound"
-        return self.answer_json({"error": "not found"}, 404, {"X-Error-Code": code, "X-Error-Message": "not found"})
-
-    def describe(self, name):
-        body = self.server.objects[name]
-        git = hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
-        file = {"rfilename": name, "size": len(body), "blobId": git}
-        if not name.endswith(LARGEST):
-            return file
-        sha256 = self.server.wrong_sha256 or hashlib.sha256(body).hexdigest()
-        return file | {"lfs": {"sha256": sha256, "size": len(body), "pointerSize": 130}}
-
-
-@contextlib.contextmanager
-def serving(handler, objects):
-    server = Server(handler)
-    server.objects, server.without_md5, server.wrong_sha256 = dict(objects), set(), None
-    server.authorizations, server.redirect_to = [], None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -190,15 +41,14 @@ def bucket():
         "checkpoints/pi0_another/params/_METADATA": b"shares only the beginning of its name",
         "tokenizer.model": b"pieces",
     }
-    with serving(BucketHandler, objects | extra) as server:
+    with serving(BucketHandler, "assets", objects | extra) as server:
         yield server
 
 
 @pytest.fixture
 def hub():
-    with serving(
-        HubHandler, {f"step/{name}": body for name, body in FILES.items()} | {"README.md": b"hello"}
-    ) as server:
+    objects = {f"step/{name}": body for name, body in FILES.items()} | {"README.md": b"hello"}
+    with serving(HubHandler, "org/repo", objects) as server:
         yield server
 
 
@@ -432,7 +282,7 @@ def test_two_processes_share_one_download(bucket, tmp_path):
 
 
 def test_progress_is_logged_where_there_is_no_terminal(bucket, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(download, "LOG_INTERVAL_S", 0.01)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.01)
     bucket.cut_after[OBJECT] = 40_000
     with caplog.at_level("INFO"):
         resolve(URI, data_home=tmp_path, storage_url=bucket.url)
@@ -482,7 +332,7 @@ def test_a_single_file_of_a_hub_repository_is_fetched_as_a_file(hub, tmp_path):
 
 def test_the_hub_s_token_is_sent_to_the_hub_and_not_to_where_it_redirects(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with serving(HubHandler, hub.objects) as content_network:
+    with serving(HubHandler, "org/repo", hub.objects) as content_network:
         hub.redirect_to = content_network.url
         assert_checkpoint(resolve("hf://org/repo/step", data_home=tmp_path, hub_url=hub.url))
         assert set(hub.authorizations) == {"Bearer hf_secret"}
