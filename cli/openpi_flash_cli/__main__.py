@@ -8,6 +8,8 @@ COMMANDS = {
     "serve": ("serve", "run the configured services and the gateway on this machine"),
     "demo": ("demo", "make a tiny random checkpoint, serve it and drive it with camera-like pictures"),
     "test": ("latency", "time a running server: one warm-up and five timed calls"),
+    "prepare-checkpoint": ("prepare", "fetch weights and normalisation statistics into a folder to serve"),
+    "prepare-planner-checkpoint": ("prepare_planner", "fetch and unpack a planner's checkpoint into a folder to serve"),
     "convert-checkpoint": ("convert", "turn an Orbax checkpoint of openpi into model.safetensors"),
 }
 
