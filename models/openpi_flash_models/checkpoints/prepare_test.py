@@ -204,7 +204,7 @@ def test_a_missing_asset_id_is_said_before_the_weights_are_fetched(hub, bucket, 
 
 
 def test_what_is_fetched_is_checked_before_it_is_put_in_place(hub, bucket, tmp_path):
-    """And what was good of it is not fetched again once the source is mended."""
+    """And what was good of it is not fetched again once the source is mended, unless one insists."""
     stats = f"{ASSETS}/trossen/norm_stats.json"
     for broken, message in (
         (b"{", r"trossen/norm_stats\.json: expected an object"),
@@ -214,6 +214,10 @@ def test_what_is_fetched_is_checked_before_it_is_put_in_place(hub, bucket, tmp_p
         with pytest.raises(CheckpointError, match=message):
             prepare_checkpoint(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    hub.requests.clear()
+    with pytest.raises(CheckpointError, match=message):
+        prepare_checkpoint(tmp_path / "out", force_download=True)
+    assert sorted(hub.requests) == [("config.json", None), ("model.safetensors", None)]
     bucket.objects[stats] = STATS
     hub.requests.clear()
     prepare_checkpoint(tmp_path / "out")
