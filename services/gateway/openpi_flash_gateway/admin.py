@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Body, Depends, FastAPI, HTTPException, Response, status
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from google.protobuf.json_format import MessageToDict
 from openpi_flash.v1 import planner_pb2
 from openpi_flash_common.errors import InvalidArgumentError, ServiceError, UnavailableError
-from openpi_flash_common.settings import AdminSettings, EngineSettings, PlannerTuning, SettingsError
-from pydantic import BaseModel, Field
+from openpi_flash_common.settings import AdminSettings, EngineSettings, Mode, PlannerTuning, SettingsError
+from pydantic import BaseModel, Field, SecretStr
 
 from openpi_flash_gateway.endpoint import Endpoint
 from openpi_flash_gateway.planner_backend import PlannerBackend
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it tells of every start and stop
 
 _STOP_TIMEOUT_S = 2
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class Replica(BaseModel):
@@ -86,7 +88,7 @@ class AdminServer:
         admin = settings.gateway.admin or AdminSettings()
         self.port = 0
         self._address = (admin.host, admin.port)
-        app = _app(settings, endpoints, planner, subtasks)
+        app = _app(admin, settings.mode, endpoints, planner, subtasks)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_STOP_TIMEOUT_S
         )
@@ -124,14 +126,17 @@ class _Server(uvicorn.Server):
 
 
 def _app(
-    settings: EngineSettings,
+    admin: AdminSettings,
+    mode: Mode,
     endpoints: Mapping[str, Endpoint],
     planner: PlannerBackend | None,
     subtasks: Subtasks | None,
 ) -> FastAPI:
     # The page brings its own script and style: a robot's network need not reach the internet.
     app = FastAPIOffline(title="openpi-flash", description="Health and planner configuration.", redoc_url=None)
-    protected = [Depends(_authorization(settings.gateway.admin))]
+    if admin.host in _LOOPBACK:  # a page in a browser on this machine may not get here under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK))
+    protected = [Depends(_authorization(admin.token))]
 
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
@@ -146,7 +151,7 @@ def _app(
         if not ready[0]:
             response.status_code = status.HTTP_503_SERVICE_UNAVAILABLE
         word = "ok" if all(ready) else "degraded" if ready[0] else "unavailable"
-        return Health(status=word, mode=settings.mode, slots=slots)
+        return Health(status=word, mode=mode, slots=slots)
 
     @app.get("/config", dependencies=protected)
     async def config() -> Config:
@@ -176,9 +181,7 @@ def _app(
     return app
 
 
-def _authorization(settings: AdminSettings | None) -> Any:
-    token = settings.token if settings is not None else None
-
+def _authorization(token: SecretStr | None) -> Any:
     async def check(
         sent: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> None:

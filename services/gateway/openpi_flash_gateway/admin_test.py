@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import socket
 import urllib.error
@@ -144,6 +145,17 @@ async def test_a_token_is_asked_for_where_one_is_configured(tmp_path, action_ser
         assert (await call(gateway, "PATCH", "/config", {"top_k": 1}, "sesame"))[0] == 200
         assert (await call(gateway, "GET", "/health"))[0] == 200
     assert [planner.config.top_k for planner in planners] == [1, 1]
+
+
+async def test_a_page_of_elsewhere_gets_nowhere(tmp_path, action_service):
+    def ask(port: int) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health", headers={"Host": f"rebound.example:{port}"})
+            return connection.getresponse().status
+
+    async with combined(tmp_path, action_service.port, []) as gateway:
+        assert await asyncio.to_thread(ask, gateway.admin.port) == 400
 
 
 async def test_without_a_planner_there_is_nothing_to_change(tmp_path, action_service):
