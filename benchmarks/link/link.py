@@ -28,6 +28,7 @@ SOURCE = Path(__file__).with_name("linkemu.c")
 CACHE = Path(__file__).parents[2] / ".cache/link"
 RUNS = Path("/run/openpi-flash-link")
 """A file for each run, locked while it lasts."""
+CONGESTION_CONTROL = "cubic"
 ALLOWED_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 STOP_TIMEOUT_S = 10.0
 
@@ -65,7 +66,7 @@ def unavailable() -> str | None:
 class Network:
     """Namespaces and links that last as long as the context, with all processes started in them."""
 
-    def __init__(self, *, congestion_control: str = "cubic") -> None:
+    def __init__(self, *, congestion_control: str = CONGESTION_CONTROL) -> None:
         """
         Args:
             congestion_control: of TCP in the namespaces.
@@ -188,7 +189,7 @@ class Link:
     ) -> None:
         _stop(self._process)
 
-    def set(self, *, to: To | None = None, **conditions: float) -> None:
+    def set(self, to: To | None = None, /, **conditions: float) -> None:
         """Changes the link from now on.
 
         Args:

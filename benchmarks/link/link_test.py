@@ -58,7 +58,7 @@ def test_round_trip_is_as_asked(pair: Pair, rtt_ms: float) -> None:
 ])  # fmt: skip
 def test_loss_is_as_asked(pair: Pair, conditions: dict[str, float], share: float) -> None:
     count = 6000
-    pair.link.set(to="server", seed=7, **conditions)
+    pair.link.set("server", seed=7, **conditions)
     pair.link.statistics()
     lost = count - len(pair.ping(count, 0.2))
     told = pair.link.statistics()

@@ -12,7 +12,7 @@ from openpi_flash_models.policy_configs import load_policy_config
 from websockets.asyncio.server import ServerConnection, serve
 
 
-async def main(policy_file: str, checkpoint_dir: str, port: int, num_steps: int) -> None:
+async def main(policy_file: str, checkpoint_dir: str, host: str, port: int, num_steps: int) -> None:
     config = load_policy_config(policy_file)
     policy = load_policy(config, Path(checkpoint_dir), device="cpu", precision="float32", num_steps=num_steps)
     policy.warm_up()
@@ -30,7 +30,7 @@ async def main(policy_file: str, checkpoint_dir: str, port: int, num_steps: int)
             result["server_timing"] = {"infer_ms": (time.perf_counter() - started) * 1e3}
             await connection.send(openpi_msgpack.packb(result))
 
-    async with serve(converse, "127.0.0.1", port, compression=None, max_size=None):
+    async with serve(converse, host, port, compression=None, max_size=None):
         print("ready", flush=True)
         await asyncio.Future()
 
@@ -42,4 +42,5 @@ if __name__ == "__main__":
         import instant
 
         instant.install()
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    host = sys.argv[6] if len(sys.argv) > 6 else "127.0.0.1"
+    asyncio.run(main(sys.argv[1], sys.argv[2], host, int(sys.argv[3]), int(sys.argv[4])))

@@ -1,0 +1,225 @@
+"""Who is compared: servers in the server's namespace, robots in the others, each pair speaking in its own way.
+
+All servers have the same policy, which answers at once, so that what is left is the link, and how it is used.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import openpi_flash_client
+from openpi_flash_cli.tiny import TinyPolicy, make_tiny_policy
+
+from benchmarks.link import photographs
+from benchmarks.link.link import Link, Namespace
+
+HERE = Path(__file__).parent
+STOCK_PYTHON = HERE.parents[1] / ".cache/openpi-client-env/bin/python"
+"""Interpreter of an environment with openpi-client and nothing of openpi-flash; `make bench-link` makes it."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+PICTURES = {"3x224x224": (224, 224), "3x480x640": (480, 640)}
+"""Name of what a robot's cameras give: height and width of each of its three pictures."""
+MODEL_PICTURES = "3x224x224"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way for a robot to reach the policy.
+
+    Attributes:
+        name: in tables and on the command line.
+        client: what robot.py drives.
+        port: of the server.
+        encoding: how pictures travel.
+        python: interpreter of the robot.
+    """
+
+    name: str
+    client: Literal["openpi-client", "grpc", "quic"]
+    port: int
+    encoding: Literal["raw", "jpeg"] = "raw"
+    python: str | Path = sys.executable
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot take part here; None: it can."""
+        if self.client == "quic" and not hasattr(openpi_flash_client, "FlashTransportPolicy"):
+            return "not built: openpi_flash_client has no FlashTransportPolicy"
+        if self.client == "quic" and transport_binary() is None:
+            return "not built: no openpi-flash-transport on PATH, and OPENPI_FLASH_TRANSPORT_BINARY is not set"
+        if not Path(self.python).exists():
+            return f"not installed: {self.python}"
+        return None
+
+
+STOCK = Contender("stock WebSocket", "openpi-client", 8100, python=STOCK_PYTHON)
+WEBSOCKET = Contender("our WebSocket", "openpi-client", 8000, python=STOCK_PYTHON)
+GRPC = Contender("our gRPC", "grpc", 50051)
+QUIC = Contender("our QUIC, lossless", "quic", 5555)
+QUIC_JPEG = Contender("our QUIC, JPEG", "quic", 5655, encoding="jpeg")
+CONTENDERS = (STOCK, WEBSOCKET, GRPC, QUIC, QUIC_JPEG)
+ACTION_PORT = 50052
+
+
+def transport_binary() -> str | None:
+    """The QUIC edge; None: there is none here."""
+    return os.environ.get("OPENPI_FLASH_TRANSPORT_BINARY") or shutil.which("openpi-flash-transport")
+
+
+def start_servers(namespace: Namespace, directory: Path, contenders: Iterable[Contender]) -> None:
+    """Starts what these contenders talk to. The ports are the same each time: the namespace has no others."""
+    contenders = set(contenders)
+    tiny = make_tiny_policy(directory, robot="three_cameras", layout="torch")
+    if STOCK in contenders:
+        script = HERE.parent / "stock/server.py"
+        arguments: list[str | Path] = [
+            tiny.policy_file,
+            tiny.checkpoint_dir,
+            str(STOCK.port),
+            "1",
+            "instant",
+            "0.0.0.0",
+        ]
+        _start(namespace, [sys.executable, script, *arguments])
+    if contenders - {STOCK}:
+        settings = _write_settings(
+            directory, tiny, "raw", websocket_port=WEBSOCKET.port, grpc_port=GRPC.port, quic_port=QUIC.port
+        )
+        _start(namespace, [sys.executable, HERE.parent / "instant.py", "--config", settings])
+        _start(namespace, [sys.executable, "-m", "openpi_flash_gateway", "--config", settings])
+        if QUIC in contenders:
+            _start_edge(namespace, settings)
+    if QUIC_JPEG in contenders:
+        settings = _write_settings(
+            directory, tiny, "jpeg", websocket_port=8010, grpc_port=50061, quic_port=QUIC_JPEG.port
+        )
+        _start(namespace, [sys.executable, "-m", "openpi_flash_gateway", "--config", settings])
+        _start_edge(namespace, settings)
+
+
+def _write_settings(
+    directory: Path, tiny: TinyPolicy, encoding: str, *, websocket_port: int, grpc_port: int, quic_port: int
+) -> Path:
+    images = {"encoding": encoding, "quality": photographs.JPEG_QUALITY, "subsampling": "4:4:4"}
+    settings = {
+        "action": {
+            "model_config_name": str(tiny.policy_file),
+            "checkpoint_dir": str(tiny.checkpoint_dir),
+            "precision": "float32",
+            "device": "cpu",
+            "num_steps": 1,
+            "max_batch_size": 1,
+            "grpc_port": ACTION_PORT,
+        },
+        "action_transport": {
+            "websocket_port": websocket_port,
+            "quic_port": quic_port,
+            "unix_socket_path": str(directory / f"{encoding}.sock"),
+        },
+        "gateway": {"host": "0.0.0.0", "grpc_port": grpc_port, "images": images},
+        "log": {"level": "error"},
+    }
+    path = directory / f"{encoding}.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def _start_edge(namespace: Namespace, settings: Path) -> None:
+    binary = transport_binary()
+    assert binary is not None  # or the contender would not take part
+    _start(namespace, [binary, "server", "--config", settings])
+
+
+def _start(namespace: Namespace, command: Sequence[str | Path]) -> None:
+    namespace.start(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+
+
+class Photographs:
+    """The pictures in a file from which robots read them, and their sizes.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "photographs.npz"
+        loaded = {name: photographs.load(*size) for name, size in PICTURES.items()}
+        np.savez(self.path, **loaded)  # type: ignore[arg-type]
+        self._raw_bytes = {name: 3 * height * width * 3 for name, (height, width) in PICTURES.items()}
+        self._jpeg_bytes = photographs.jpeg_bytes(loaded[MODEL_PICTURES])
+
+    def sent_bytes(self, pictures: str, contender: Contender) -> int:
+        """Bytes of pictures in one call. Over QUIC the client scales them to what the model sees before it sends."""
+        if contender.encoding == "jpeg":
+            return self._jpeg_bytes
+        return self._raw_bytes[MODEL_PICTURES if contender.client == "quic" else pictures]
+
+
+class Robot:
+    """A robot in a namespace, that makes calls when told to."""
+
+    def __init__(self, contender: Contender, namespace: Namespace, link: Link, pictures: Photographs) -> None:
+        command = [contender.python, HERE / "robot.py", contender.client, link.server_address, str(contender.port)]
+        self._process = namespace.start(
+            [*command, pictures.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+        )
+        self.name = contender.name
+        self.pid = self._process.pid
+
+    def wait_ready(self) -> None:
+        """Waits for its connection."""
+        assert self._read() == "ready"
+
+    def connect(self, count: int, pictures: str) -> dict[str, Any]:
+        """New connections, each with a first call.
+
+        Returns:
+            `connect_ms` and `ms`, the first call, of each; `errors`.
+        """
+        self._tell({"connect": count, "pictures": pictures})
+        return self.result()
+
+    def calls(self, count: int, pictures: str, **pace: float) -> dict[str, Any]:
+        """Makes calls, and waits for them: `begin` and `result`."""
+        self.begin(count, pictures, **pace)
+        return self.result()
+
+    def begin(
+        self, count: int, pictures: str, *, period_s: float = 0.0, limit_s: float = 1e9, offset_s: float = 0.0
+    ) -> None:
+        """Begins to make calls, one every `period_s`, for up to `limit_s`, the first after `offset_s`."""
+        order = {"calls": count, "pictures": pictures, "period_s": period_s, "limit_s": limit_s, "offset_s": offset_s}
+        self._tell(order)
+
+    def result(self) -> dict[str, Any]:
+        """Waits for what was begun.
+
+        Returns:
+            `ms` of each call, `errors`, and `seconds` that all took.
+        """
+        return json.loads(self._read())
+
+    def stop(self) -> None:
+        """Ends it, and its connection."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the robot of {self.name} has ended; it says why above")
+        return line.strip()
