@@ -124,7 +124,7 @@ def _write_settings(
             "quic_port": quic_port,
             "unix_socket_path": str(directory / f"{encoding}.sock"),
         },
-        "gateway": {"host": "0.0.0.0", "grpc_port": grpc_port, "images": images},
+        "gateway": {"host": "0.0.0.0", "grpc_port": grpc_port, "admin": None, "images": images},
         "log": {"level": "error"},
     }
     path = directory / f"{encoding}.json"

@@ -28,6 +28,8 @@ class Flow:
         self._receiver = server.start(
             [sys.executable, TRAFFIC, "receive", PORT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        assert self._receiver.stdout is not None
+        assert self._receiver.stdout.readline() == "ready\n"
 
     def start(self) -> None:
         self._sender = self._robot.start([sys.executable, TRAFFIC, "send", self._address, PORT])

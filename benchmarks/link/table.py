@@ -175,7 +175,9 @@ def carried_mbit(link: Link, robot: Namespace, server: Namespace, rate_mbit: flo
     link.set(rtt_ms=1, rate_mbit=rate_mbit)
     port = str(9000 + int(rate_mbit))
     receiver = server.start([sys.executable, TRAFFIC, "receive", port], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    sender = robot.start([sys.executable, TRAFFIC, "send", link.server_address, port])
+    assert receiver.stdout is not None
+    assert receiver.stdout.readline() == "ready\n"
+    sender = robot.start([sys.executable, TRAFFIC, "send", link.server_address, port], stderr=subprocess.DEVNULL)
     time.sleep(1)  # until it fills the link
     link.statistics()
     started = time.monotonic()
@@ -199,8 +201,9 @@ def measure(
             cell = cells[contender]
             link.statistics()
             first = robot.connect(plan.first, setting.pictures)
+            idle_calls = plan.idle if setting.idle else 0
+            idle = robot.calls(idle_calls, setting.pictures, period_s=IDLE_PERIOD_S, offset_s=IDLE_PERIOD_S)
             busy = robot.calls(plan.busy, setting.pictures, limit_s=plan.busy_s)
-            idle = robot.calls(plan.idle if setting.idle else 0, setting.pictures, period_s=IDLE_PERIOD_S)
             told = link.statistics()
             cell.connect_ms += first["connect_ms"]
             for series, answer in ((cell.first_ms, first), (cell.busy_ms, busy), (cell.idle_ms, idle)):
@@ -212,7 +215,7 @@ def measure(
             if any(told[to]["overrun"] for to in told):
                 cell.doubt = "the emulator was too slow to read every packet"
             elif cell.late_p99_ms > LATE_MS:
-                cell.doubt = f"packets came {cell.late_p99_ms:.1f} ms late"
+                cell.doubt = f"at p99 packets came more than {LATE_MS:g} ms after their time"
     for contender, cell in cells.items():
         calls = len(cell.first_ms) + len(cell.busy_ms) + len(cell.idle_ms)
         cell.link_bytes = link_bytes[contender] / max(1, calls * sent_bytes[contender])
@@ -236,11 +239,13 @@ def summary(cells: Sequence[Cell]) -> list[str]:
     found = {(link_of(cell.setting), cell.contender): cell for cell in cells}
     lines = ["20 ms round trip, 100 Mbit/s, ms, p50 / p99 (the slowest, where there were fewer than 100 calls)", ""]
     lines += table_head("", *COLUMNS)
+    limits: dict[tuple[str, ...], list[str]] = {}
     for contender in dict.fromkeys(cell.contender for cell in cells):
         of = [found.get((link_of(setting), contender)) for setting, _ in COLUMNS.values()]
         figures = [p50_p99(getattr(c, name)) if c else NONE for c, (_, name) in zip(of, COLUMNS.values(), strict=True)]
         lines.append(table_row(contender, *figures))
-        lines.append(table_row("*its physical limit*", *(f"*{cell.limit_ms:.0f}*" if cell else NONE for cell in of)))
+        limits.setdefault(tuple(f"*{cell.limit_ms:.0f}*" if cell else NONE for cell in of), []).append(contender)
+    lines += [table_row(f"*physical limit of {', '.join(names)}*", *limit) for limit, names in limits.items()]
     return lines
 
 

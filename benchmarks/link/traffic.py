@@ -4,7 +4,7 @@ echo PORT                            answers each UDP packet with itself, until 
 ping HOST PORT COUNT INTERVAL_MS     prints [number, round trip in ms] of each that was answered, as JSON
 sink PORT                            counts UDP packets up to half a second of silence, and prints the count
 flood HOST PORT RATE_MBIT SECONDS    UDP at a steady rate
-receive PORT                         takes TCP connections; for each line of input prints the bytes since the last
+receive PORT                         takes TCP connections; for each line of input prints the bytes since the one before
 send HOST PORT                       one TCP connection that is never short of data, until it is ended
 """
 
@@ -97,6 +97,7 @@ def receive(port: str) -> None:
 
     with socket.create_server(("", int(port))) as server:
         threading.Thread(target=accept, args=(server,), daemon=True).start()
+        print("ready", flush=True)
         told = 0
         for _ in sys.stdin:
             now = total
