@@ -25,6 +25,8 @@ LOSSES: dict[str, dict[str, float]] = {
 }
 """Random in both directions; bursts: 15% for 30 ms, at random times, on average 300 ms apart."""
 IDLE_PERIOD_S = 0.5
+START_S, CONNECT_S = 30, 1
+"""What starting everything, and a new connection with its first call, take, roughly."""
 NONE = "-"
 LATE_MS = 1.0
 """A link whose packets come later than this, at p99, is not the one that was asked for."""
@@ -39,14 +41,14 @@ class Setting:
     Attributes:
         loss: one of LOSSES.
         pictures: one of contenders.PICTURES.
-        idle: whether it is also measured with two calls a second.
+        only_busy: whether nothing but calls back to back is measured.
     """
 
     rtt_ms: float
     rate_mbit: float
     loss: str = "none"
     pictures: str = MODEL_PICTURES
-    idle: bool = True
+    only_busy: bool = False
 
     @property
     def name(self) -> str:
@@ -64,38 +66,53 @@ class Plan:
     Attributes:
         rounds: turns of each contender.
         first: new connections in a turn.
-        busy: calls back to back in a turn, at most; busy_s: seconds that they take, at most.
         idle: calls twice a second in a turn.
+        settle: calls back to back in a turn that are not counted, until the connection has found its pace.
+        busy: calls back to back in a turn, at most; busy_s: seconds that they take, at most; lossy_busy_s: the same
+            where packets are lost, and calls may be slow.
     """
 
     settings: tuple[Setting, ...]
     rounds: int
     first: int
+    idle: int
+    settle: int
     busy: int
     busy_s: float
-    idle: int
+    lossy_busy_s: float
+
+    def firsts(self, setting: Setting) -> int:
+        return 0 if setting.only_busy else self.first
+
+    def idles(self, setting: Setting) -> int:
+        return 0 if setting.only_busy else self.idle
+
+    def seconds(self, setting: Setting) -> float:
+        return self.busy_s if setting.loss == "none" else self.lossy_busy_s
 
     def minutes(self, contenders: int) -> float:
-        """About what it takes; the most where no answer is slow."""
-        seconds = sum(
-            self.first * 0.5 + self.busy_s + setting.idle * self.idle * IDLE_PERIOD_S for setting in self.settings
+        """About what it takes."""
+        turns = sum(
+            self.firsts(setting) * CONNECT_S + self.idles(setting) * IDLE_PERIOD_S + self.settle + self.seconds(setting)
+            for setting in self.settings
         )
-        return (30 + seconds * self.rounds * contenders) / 60
+        return (START_S + turns * self.rounds * contenders) / 60
 
 
 QUICK = Plan(
     settings=(
         Setting(20, 100),
-        *(Setting(20, 100, loss, idle=False) for loss in ("1%", "3%", "bursts")),
-        *(Setting(20, 100, loss, CAMERA_PICTURES, idle=False) for loss in ("none", "1%")),
+        *(Setting(20, 100, loss, only_busy=True) for loss in ("1%", "3%", "bursts")),
+        *(Setting(20, 100, loss, CAMERA_PICTURES, only_busy=True) for loss in ("none", "1%")),
         Setting(80, 100),
-        Setting(10, 1000),
     ),
     rounds=2,
     first=1,
+    idle=3,
+    settle=1,
     busy=40,
     busy_s=1.5,
-    idle=3,
+    lossy_busy_s=2.5,
 )
 FULL = Plan(
     settings=(
@@ -104,9 +121,11 @@ FULL = Plan(
     ),
     rounds=5,
     first=2,
+    idle=6,
+    settle=2,
     busy=50,
     busy_s=5,
-    idle=6,
+    lossy_busy_s=10,
 )
 
 
@@ -148,6 +167,7 @@ def run(
     Returns:
         All figures, and the tables in Markdown.
     """
+    started = time.monotonic()
     plan = QUICK if arguments.quick else FULL
     say(f"{len(plan.settings)} links, {len(contenders)} contenders: about {plan.minutes(len(contenders)):.0f} minutes")
     server, robot = network.namespace("server"), network.namespace("robot")
@@ -166,7 +186,9 @@ def run(
         if carried[setting.rate_mbit] < CARRIED_SHARE * setting.rate_mbit:
             for cell in cells[-len(robots) :]:
                 cell.doubt = f"this machine carries {carried[setting.rate_mbit]:.0f} Mbit/s"
-    figures = {"carried_mbit": carried, "cells": [dataclasses.asdict(cell) for cell in cells]}
+    minutes = (time.monotonic() - started) / 60
+    say(f"took {minutes:.1f} minutes")
+    figures = {"minutes": minutes, "carried_mbit": carried, "cells": [dataclasses.asdict(cell) for cell in cells]}
     return figures, [*summary(cells), "", *details(cells)]
 
 
@@ -196,19 +218,21 @@ def measure(
     sent_bytes = {contender: photographs.sent_bytes(setting.pictures, contender) for contender in robots}
     cells = {c: Cell(setting, c.name, setting.limit_ms(sent_bytes[c])) for c in robots}
     link_bytes = dict.fromkeys(robots, 0.0)
+    calls = dict.fromkeys(robots, 0)
     for _ in range(plan.rounds):
         for contender, robot in robots.items():
             cell = cells[contender]
             link.statistics()
-            first = robot.connect(plan.first, setting.pictures)
-            idle_calls = plan.idle if setting.idle else 0
-            idle = robot.calls(idle_calls, setting.pictures, period_s=IDLE_PERIOD_S, offset_s=IDLE_PERIOD_S)
-            busy = robot.calls(plan.busy, setting.pictures, limit_s=plan.busy_s)
+            first = robot.connect(plan.firsts(setting), setting.pictures)
+            idle = robot.calls(plan.idles(setting), setting.pictures, period_s=IDLE_PERIOD_S, offset_s=IDLE_PERIOD_S)
+            settling = robot.calls(plan.settle, setting.pictures)
+            busy = robot.calls(plan.busy, setting.pictures, limit_s=plan.seconds(setting))
             told = link.statistics()
             cell.connect_ms += first["connect_ms"]
             for series, answer in ((cell.first_ms, first), (cell.busy_ms, busy), (cell.idle_ms, idle)):
                 series.extend(answer["ms"])
                 cell.errors += answer["errors"]
+            calls[contender] += sum(len(answer["ms"]) for answer in (first, idle, settling, busy))
             link_bytes[contender] += told["server"]["received_bytes"]
             cell.dropped += sum(told[to]["dropped"] for to in told)
             cell.late_p99_ms = max(cell.late_p99_ms, *(told[to]["late_p99_ms"] for to in told))
@@ -217,8 +241,7 @@ def measure(
             elif cell.late_p99_ms > LATE_MS:
                 cell.doubt = f"at p99 packets came more than {LATE_MS:g} ms after their time"
     for contender, cell in cells.items():
-        calls = len(cell.first_ms) + len(cell.busy_ms) + len(cell.idle_ms)
-        cell.link_bytes = link_bytes[contender] / max(1, calls * sent_bytes[contender])
+        cell.link_bytes = link_bytes[contender] / max(1, calls[contender] * sent_bytes[contender])
     return list(cells.values())
 
 
@@ -279,7 +302,7 @@ def details(cells: Sequence[Cell]) -> list[str]:
 
 
 def link_of(setting: Setting) -> Setting:
-    return dataclasses.replace(setting, idle=True)
+    return dataclasses.replace(setting, only_busy=False)
 
 
 def p50_p99(ms: Sequence[float]) -> str:
