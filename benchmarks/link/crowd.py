@@ -1,8 +1,8 @@
 """Many robots on one server: do one on a bad link and one that stalls slow the others down?
 
-The two odd ones have links of their own. `healthy`: those links are good, too, and nobody stalls. `faulty`: one of the
-two links loses packets, and the robot on the other is stopped (SIGSTOP) in the middle of a call and goes on afterwards.
-The offered load is the same, but for the stopped robot's. The two take turns.
+The two odd ones have links of their own. `healthy`: those links are good, too, and nobody stalls. `faulty`: one link
+loses packets, and the robot on the other is stopped (SIGSTOP) in the middle of a call, until the turn is over. The
+offered load is the same, but for the stopped robot's. The two take turns.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rtt-ms", type=float, default=20, help="(%(default)s)")
     parser.add_argument("--rate-mbit", type=float, default=200, help="of the link that the others share (%(default)s)")
     parser.add_argument("--loss", type=float, default=3, help="percent, on the bad link (%(default)s)")
-    parser.add_argument("--calls", type=int, default=10, help="of each robot in a turn (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--calls", type=int, default=20, help="of each robot in a turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="(%(default)s)")
 
 
 def run(
@@ -61,6 +61,8 @@ def run(
         turns: dict[str, dict[str, list[Any]]] = {
             state: {"others": [], "lossy": [], "errors": []} for state in ("healthy", "faulty")
         }
+        for robot in (lossy, stalled, *others):
+            robot.calls(1, MODEL_PICTURES)
         for _ in range(arguments.rounds):
             for state, taken in turns.items():
                 faulty = state == "faulty"
@@ -82,7 +84,8 @@ def turn(
     robots = [lossy, stalled, *others]
     for place, robot in enumerate(robots):
         offset_s = place * arguments.period_s / len(robots)
-        robot.begin(arguments.calls, MODEL_PICTURES, period_s=arguments.period_s, offset_s=offset_s)
+        count = CALLS_BEFORE_STALL + 1 if stall and robot is stalled else arguments.calls
+        robot.begin(count, MODEL_PICTURES, period_s=arguments.period_s, offset_s=offset_s)
     if stall:
         # A call has been on its way for half a round trip: part of it is there, the rest does not come.
         time.sleep(arguments.period_s * (CALLS_BEFORE_STALL + 1 / len(robots)) + arguments.rtt_ms / 2e3)

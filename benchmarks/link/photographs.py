@@ -48,7 +48,7 @@ def jpeg_bytes(photographs: np.ndarray) -> int:
 
 def _fetch() -> Path:
     folder = CACHE / "skimage/data"
-    if not folder.exists():
+    if not all((folder / name).exists() for name in NAMES):
         uv = shutil.which("uv") or HERE.parents[1] / ".cache/uv/bin/uv"
         command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", CACHE, "-r", HERE / "photographs.txt"]
         subprocess.run(command, check=True)
