@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.link.contenders import MODEL_PICTURES, Contender, Photographs, Robot, start_servers
 from benchmarks.link.link import Network
-from benchmarks.link.table import NONE, p50_p99, say, table_head, table_row
+from benchmarks.link.table import NONE, p50_p99, percentile, say, table_head, table_row
 
 CALLS_BEFORE_STALL = 2
 
@@ -108,7 +106,7 @@ def report(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     )
     for name, turns in figures.items():
         well, ill = (turns[state]["others"] for state in ("healthy", "faulty"))
-        change = f"{np.percentile(ill, 99) / np.percentile(well, 99) - 1:+.1%}" if well and ill else NONE
+        change = f"{percentile(ill, 99) / percentile(well, 99) - 1:+.1%}" if well and ill else NONE
         errors = sum(len(of["errors"]) for of in turns.values())
         lines.append(
             table_row(name, p50_p99(well), p50_p99(ill), change, p50_p99(turns["faulty"]["lossy"]), str(errors))

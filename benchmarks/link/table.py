@@ -286,7 +286,7 @@ def details(cells: Sequence[Cell]) -> list[str]:
         if cell.doubt:
             doubts[cell.doubt] = None
             mark = "†" * (list(doubts).index(cell.doubt) + 1)
-        ratio = f"{np.median(cell.busy_ms) / cell.limit_ms:.2f}" if cell.busy_ms else NONE
+        ratio = f"{percentile(cell.busy_ms, 50) / cell.limit_ms:.2f}" if cell.busy_ms else NONE
         figures = [p50_p99(ms) for ms in (cell.connect_ms, cell.first_ms, cell.busy_ms)]
         calls = len(cell.first_ms) + len(cell.busy_ms) + len(cell.idle_ms)
         shown = (
@@ -308,10 +308,15 @@ def link_of(setting: Setting) -> Setting:
 
 
 def p50_p99(ms: Sequence[float]) -> str:
-    """Of fewer than 100 the second is the slowest: none is made up."""
+    """Of fewer than 100 calls the second is the slowest."""
     if not ms:
         return NONE
-    return " / ".join(f"{value:.1f}" for value in np.percentile(ms, [50, 99], method="inverted_cdf"))
+    return f"{percentile(ms, 50):.1f} / {percentile(ms, 99):.1f}"
+
+
+def percentile(ms: Sequence[float], percent: float) -> float:
+    """One that was measured, not a mean of two."""
+    return float(np.percentile(ms, percent, method="inverted_cdf"))
 
 
 def table_head(*names: str) -> list[str]:
