@@ -59,15 +59,14 @@ def run(
         turns: dict[str, dict[str, list[Any]]] = {
             state: {"others": [], "lossy": [], "errors": []} for state in ("healthy", "faulty")
         }
-        for robot in (lossy, stalled, *others):
-            robot.calls(1, MODEL_PICTURES)
         for _ in range(arguments.rounds):
             for state, taken in turns.items():
                 faulty = state == "faulty"
                 lossy_link.set(loss=arguments.loss if faulty else 0, seed=1)
                 answers = turn(lossy, stalled, others, arguments, stall=faulty)
                 taken["lossy"] += answers[0]["ms"]
-                taken["others"] += [ms for answer in answers[2:] for ms in answer["ms"]]
+                # The first call follows a pause that is as long as the turn before took, and TCP is slow after pauses.
+                taken["others"] += [ms for answer in answers[2:] for ms in answer["ms"][1:]]
                 taken["errors"] += [error for answer in answers for error in answer["errors"]]
         for robot in (lossy, stalled, *others):
             robot.stop()
