@@ -59,8 +59,9 @@ def run(
         turns: dict[str, dict[str, list[Any]]] = {
             state: {"others": [], "lossy": [], "errors": []} for state in ("healthy", "faulty")
         }
-        for _ in range(arguments.rounds):
-            for state, taken in turns.items():
+        for number in range(arguments.rounds):
+            # In turn first, since TCP's windows drift from call to call.
+            for state, taken in list(turns.items())[:: -1 if number % 2 else 1]:
                 faulty = state == "faulty"
                 lossy_link.set(loss=arguments.loss if faulty else 0, seed=1)
                 answers = turn(lossy, stalled, others, arguments, stall=faulty)
