@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def main() -> int:
     contenders = [c for c in chosen if not c.missing]
     if not contenders:
         parser.error("none of them can take part: " + "; ".join(f"{c.name}: {c.missing}" for c in chosen))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so tidies up
     try:
         with tempfile.TemporaryDirectory(prefix="opf-") as temporary, Network() as network:
             figures, lines = COMMANDS[arguments.command].run(network, Path(temporary), contenders, arguments)
