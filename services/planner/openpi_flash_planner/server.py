@@ -32,7 +32,7 @@ async def serve(settings: EngineSettings) -> None:
         raise SettingsError("planner: required by the planner service, but not set")
     telemetry = setup(settings.telemetry, "planner")
     scheduler = Scheduler(planner.queue_size, telemetry)
-    servicer = PlannerServicer(scheduler, Configuration.from_settings(planner))
+    servicer = PlannerServicer(scheduler, Configuration(planner))
     server = make_server(SERVICE, servicer.register, planner, telemetry)
     on_ready = functools.partial(setattr, servicer, "planner")
     await serve_model(server, scheduler, telemetry, lambda: load(settings, planner), on_ready)

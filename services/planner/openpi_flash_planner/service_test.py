@@ -63,7 +63,7 @@ class Service:
         self.planner = planner
         self.decoder = planner.decoder
         self.scheduler = Scheduler(4, telemetry)
-        self.servicer = PlannerServicer(self.scheduler, Configuration.from_settings(SETTINGS))
+        self.servicer = PlannerServicer(self.scheduler, Configuration(SETTINGS))
         self.server = GrpcServer({SERVICE: self.servicer.register}, ["127.0.0.1:0"], telemetry, auth=auth)
         self.stub: planner_pb2_grpc.PlannerServiceStub
 
