@@ -125,11 +125,6 @@ def as_int(value: Any) -> int | None:
         return None
 
 
-def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """Numbers of rows of a model call, ascending, to the next of which a batch is padded: few, so that few compile."""
-    return (*(1 << i for i in range((max_batch_size - 1).bit_length())), max_batch_size)
-
-
 def _leaves(observation: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in observation.items():
         if isinstance(value, Mapping):

@@ -1,20 +1,20 @@
 """A policy: observations of one kind of robot in, action chunks in its units out, one model between."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from openpi_flash_models import flow
 from openpi_flash_models.actions import make_mask, to_absolute
+from openpi_flash_models.batching import BatchedModel, WarmUpShape
 from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.normalize import Normalization, Normalizer, NormStats
 from openpi_flash_models.observation import (
     ImageSpec,
     Resizer,
     as_int,
-    batch_sizes,
     flatten,
     image_specs,
     parse_prompt,
@@ -35,14 +35,6 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     required: bool
-
-
-class WarmUpShape(NamedTuple):
-    """Shape of one model call."""
-
-    batch_size: int
-    num_views: int
-    prompt_bucket: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +60,7 @@ class PreparedPolicyRequest:
         return self.request.deterministic
 
 
-class Policy:
+class Policy(BatchedModel):
     """The pipeline around a loaded model. `prepare` and `finish` may run in any thread, `run` and `warm_up` in one.
 
     Attributes:
@@ -76,8 +68,6 @@ class Policy:
         backend: the loaded model.
         default_prompt: used when an observation has none; None: the prompt is required.
         default_num_steps: flow steps of a request that names none.
-        batch_sizes: numbers of rows of a model call, ascending; smaller batches are padded to the next.
-        prompt_buckets: padded prompt lengths that can occur, ascending.
     """
 
     def __init__(
@@ -108,8 +98,6 @@ class Policy:
         """
         if not 1 <= num_steps <= MAX_NUM_STEPS:
             raise PolicyConfigError(f"num_steps: expected 1 to {MAX_NUM_STEPS}, got {num_steps}")
-        if max_batch_size < 1:
-            raise PolicyConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         if tokenizer.vocab_size > config.model.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary {config.model.vocab_size}"
@@ -118,7 +106,6 @@ class Policy:
         self.backend = backend
         self.default_prompt = config.default_prompt if default_prompt is None else default_prompt
         self.default_num_steps = num_steps
-        self.batch_sizes = batch_sizes(max_batch_size)
         self._tokenizer = tokenizer
         self._state_normalizer, self._action_normalizer = _normalizers(config, stats)
         self._delta_mask = make_mask(config.delta_action_mask) if config.delta_action_mask else None
@@ -126,7 +113,8 @@ class Policy:
         self._fresh = np.random.default_rng()
         # The shortest prompt is an empty one, with a single digit for each number of the state.
         shortest = self._tokens("", np.full(config.robot.state_dim, -0.99))
-        self.prompt_buckets = tuple(n for n in config.model.prompt_buckets if n >= len(shortest))
+        buckets = tuple(n for n in config.model.prompt_buckets if n >= len(shortest))
+        super().__init__(max_batch_size, config.robot.view_counts, buckets)
 
     @property
     def name(self) -> str:
@@ -142,11 +130,6 @@ class Policy:
     def robot_action_dim(self) -> int:
         """Width of one action in the answer."""
         return self.config.robot.action_dim
-
-    @property
-    def view_counts(self) -> range:
-        """Numbers of cameras that a valid observation can have."""
-        return self.config.robot.view_counts
 
     @property
     def image_specs(self) -> tuple[ImageSpec, ...]:
@@ -225,16 +208,8 @@ class Policy:
         Returns:
             For each, (action_horizon, action_dim) float32 for `finish`.
         """
-        requests = [item.request for item in prepared]
-        if len({request.shape_key for request in requests}) != 1:
-            raise ValueError("a batch needs requests of one shape key")
-        if len(requests) > 1 and any(request.deterministic for request in requests):
-            raise ValueError("a deterministic request runs alone")
-        if len(requests) > self.batch_sizes[-1]:
-            raise ValueError(f"{len(requests)} requests in a batch of at most {self.batch_sizes[-1]}")
-        rows = next(n for n in self.batch_sizes if n >= len(requests))
-        actions = self.backend.sample_actions(assemble(requests, batch_size=rows))
-        return list(actions[: len(requests)])
+        rows = self._rows([item.request for item in prepared])
+        return list(self.backend.sample_actions(assemble(rows))[: len(prepared)])
 
     def finish(self, prepared: PreparedPolicyRequest, model_actions: np.ndarray) -> dict[str, np.ndarray]:
         """Turns the model's actions into the robot's.
@@ -253,42 +228,19 @@ class Policy:
             raise ModelsError("the model's actions are not finite; its weights or its precision are at fault")
         return {"actions": actions}
 
-    def warm_up_shapes(self) -> list[WarmUpShape]:
-        """Every shape that a request without its own number of steps can lead to."""
-        return [
-            WarmUpShape(batch_size, num_views, bucket)
-            for batch_size in self.batch_sizes
-            for num_views in reversed(self.view_counts)
-            for bucket in self.prompt_buckets
-        ]
-
-    def warm_up(
-        self,
-        shapes: Sequence[WarmUpShape] | None = None,
-        progress: Callable[[int, int, WarmUpShape], None] | None = None,
-    ) -> None:
-        """Calls the model once for each shape, so that no request waits for a compiler.
-
-        Args:
-            shapes: None: all `warm_up_shapes`.
-            progress: told before each call how many are done, how many there are, and the shape that is next.
-        """
-        shapes = self.warm_up_shapes() if shapes is None else shapes
+    def _call(self, shape: WarmUpShape) -> None:
         model = self.config.model
         size = model.vision.image_size
-        for done, shape in enumerate(shapes):
-            if progress:
-                progress(done, len(shapes), shape)
-            request = PreparedRequest(
-                images=np.zeros((shape.num_views, size, size, 3), np.uint8),
-                tokens=np.ones(shape.prompt_bucket, np.int32),
-                state=np.zeros(model.action_dim, np.float32),
-                noise=np.zeros((model.action_horizon, model.action_dim), np.float32),
-                num_steps=self.default_num_steps,
-                shape_key=ShapeKey(shape.num_views, "uint8", shape.prompt_bucket, self.default_num_steps),
-                deterministic=False,
-            )
-            self.backend.sample_actions(assemble([request], batch_size=shape.batch_size))
+        request = PreparedRequest(
+            images=np.zeros((shape.num_views, size, size, 3), np.uint8),
+            tokens=np.ones(shape.prompt_bucket, np.int32),
+            state=np.zeros(model.action_dim, np.float32),
+            noise=np.zeros((model.action_horizon, model.action_dim), np.float32),
+            num_steps=self.default_num_steps,
+            shape_key=ShapeKey(shape.num_views, "uint8", shape.prompt_bucket, self.default_num_steps),
+            deterministic=False,
+        )
+        self.backend.sample_actions(assemble([request] * shape.batch_size))
 
     def _tokens(self, prompt: str, state: np.ndarray) -> np.ndarray:
         model = self.config.model

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openpi_flash_models.batching import WarmUpShape
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.images import ImageLayout
 from openpi_flash_models.normalize import NormStats
 from openpi_flash_models.observation import ImageSpec, flatten
-from openpi_flash_models.policy import Policy, TensorSpec, WarmUpShape
+from openpi_flash_models.policy import Policy, TensorSpec
 from openpi_flash_models.policy_configs import load_policy_config
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.tokenizer import PromptTokenizer

@@ -62,9 +62,8 @@ class ModelBatch:
     num_steps: int
 
 
-def assemble(requests: Sequence[PreparedRequest], *, batch_size: int | None = None) -> ModelBatch:
-    """Stacks requests of one shape key; repeats the last one until there are `batch_size` rows."""
-    rows = [*requests, *[requests[-1]] * ((batch_size or len(requests)) - len(requests))]
+def assemble(rows: Sequence[PreparedRequest]) -> ModelBatch:
+    """Stacks requests of one shape key."""
     tokens, token_mask = pad_tokens([row.tokens for row in rows], rows[0].shape_key.prompt_bucket)
     return ModelBatch(
         images=np.stack([row.images for row in rows]),

@@ -3,17 +3,17 @@
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from openpi_flash_models.batching import BatchedModel, WarmUpShape
 from openpi_flash_models.errors import InvalidObservationError, PolicyConfigError
 from openpi_flash_models.observation import (
     ImageSpec,
     Resizer,
     as_int,
-    batch_sizes,
     flatten,
     image_specs,
     parse_prompt,
@@ -23,7 +23,6 @@ from openpi_flash_models.planner.config import PlannerConfig
 from openpi_flash_models.planner.decode import CAPACITY
 from openpi_flash_models.planner.decoder import Batch, Decoder
 from openpi_flash_models.planner.prompt import GENERATION_PROMPT_FORMAT, Template, generation_prompt
-from openpi_flash_models.policy import WarmUpShape
 from openpi_flash_models.request import pad_tokens
 from openpi_flash_models.robots.base import Robot
 from openpi_flash_models.tokenizer import PromptTokenizer
@@ -117,14 +116,13 @@ class GeneratedSubtask:
         return len(self.token_ids)
 
 
-class Planner:
+class Planner(BatchedModel):
     """The pipeline around a loaded model. `prepare` may run in any thread, `run`, `stream` and `warm_up` in one.
 
     Attributes:
         config: the configuration, as it was given.
         decoder: the loaded model.
         default_prompt: used when an observation has none; None: the prompt is required.
-        batch_sizes: numbers of rows of a model call, ascending; smaller batches are padded to the next.
     """
 
     def __init__(
@@ -148,12 +146,11 @@ class Planner:
         Raises:
             PolicyConfigError: max_batch_size out of range.
         """
-        if max_batch_size < 1:
-            raise PolicyConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
+        view_counts = sorted({count for robot in config.robots for count in robot.view_counts})
+        super().__init__(max_batch_size, view_counts, config.model.prompt_buckets)
         self.config = config
         self.decoder = decoder
         self.default_prompt = config.default_prompt if default_prompt is None else default_prompt
-        self.batch_sizes = batch_sizes(max_batch_size)
         self._tokenizer = tokenizer
         self._resize = Resizer(config.model.vision.image_size, max(len(robot.used_cameras) for robot in config.robots))
 
@@ -163,11 +160,6 @@ class Planner:
         size, robots = self.config.model.vision.image_size, self.config.robots
         specs = [spec for robot in robots for spec in image_specs(robot, size)]
         return tuple(spec._replace(required=spec.required and len(robots) == 1) for spec in specs)
-
-    @property
-    def view_counts(self) -> tuple[int, ...]:
-        """Numbers of cameras that a valid observation can have, ascending."""
-        return tuple(sorted({count for robot in self.config.robots for count in robot.view_counts}))
 
     def infer(self, observation: Mapping[str, Any], **options: Any) -> GeneratedSubtask:
         """One observation to one subtask.
@@ -220,14 +212,7 @@ class Planner:
         Args:
             prepared: at most `batch_sizes[-1]`, of one shape key; a deterministic one comes alone.
         """
-        if len({plan.shape_key for plan in prepared}) != 1:
-            raise ValueError("a batch needs requests of one shape key")
-        if len(prepared) > 1 and any(plan.deterministic for plan in prepared):
-            raise ValueError("a deterministic request runs alone")
-        if len(prepared) > self.batch_sizes[-1]:
-            raise ValueError(f"{len(prepared)} requests in a batch of at most {self.batch_sizes[-1]}")
-        rows = next(n for n in self.batch_sizes if n >= len(prepared))
-        draft = self.decoder.advance(self.decoder.start(assemble(prepared, batch_size=rows)))
+        draft = self.decoder.advance(self.decoder.start(assemble(self._rows(prepared))))
         return [self._subtask(plan, ids, is_whole=True) for plan, ids in zip(prepared, draft.token_ids(), strict=False)]
 
     def stream(self, prepared: PreparedPlan) -> Iterator[GeneratedSubtask]:
@@ -243,41 +228,18 @@ class Planner:
                 return
             draft = self.decoder.advance(draft, until=len(ids) + 1)
 
-    def warm_up_shapes(self) -> list[WarmUpShape]:
-        """Every shape that a request can lead to."""
-        return [
-            WarmUpShape(batch_size, num_views, bucket)
-            for batch_size in self.batch_sizes
-            for num_views in reversed(self.view_counts)
-            for bucket in self.config.model.prompt_buckets
-        ]
-
-    def warm_up(
-        self,
-        shapes: Sequence[WarmUpShape] | None = None,
-        progress: Callable[[int, int, WarmUpShape], None] | None = None,
-    ) -> None:
-        """Calls the model once for each shape, so that no request waits for a compiler.
-
-        Args:
-            shapes: None: all `warm_up_shapes`.
-            progress: told before each call how many are done, how many there are, and the shape that is next.
-        """
-        shapes = self.warm_up_shapes() if shapes is None else shapes
+    def _call(self, shape: WarmUpShape) -> None:
         size = self.config.model.vision.image_size
-        for done, shape in enumerate(shapes):
-            if progress:
-                progress(done, len(shapes), shape)
-            plan = PreparedPlan(
-                images=np.zeros((shape.num_views, size, size, 3), np.uint8),
-                tokens=np.ones(shape.prompt_bucket, np.int32),
-                task="",
-                options=GenerationOptions(max_generation_tokens=2),
-                seed=0,
-                shape_key=PlanKey(shape.num_views, shape.prompt_bucket),
-                deterministic=False,
-            )
-            self.decoder.advance(self.decoder.start(assemble([plan], batch_size=shape.batch_size))).token_ids()
+        plan = PreparedPlan(
+            images=np.zeros((shape.num_views, size, size, 3), np.uint8),
+            tokens=np.ones(shape.prompt_bucket, np.int32),
+            task="",
+            options=GenerationOptions(max_generation_tokens=2),
+            seed=0,
+            shape_key=PlanKey(shape.num_views, shape.prompt_bucket),
+            deterministic=False,
+        )
+        self.decoder.advance(self.decoder.start(assemble([plan] * shape.batch_size))).token_ids()
 
     def _robot(self, observation: Mapping[str, np.ndarray]) -> Robot:
         robots = self.config.robots
@@ -294,9 +256,8 @@ class Planner:
         return GeneratedSubtask(plan.task, self._tokenizer.decode(ids).strip(), tuple(ids), is_whole)
 
 
-def assemble(plans: Sequence[PreparedPlan], *, batch_size: int | None = None) -> Batch:
-    """Stacks requests of one shape key; repeats the last one until there are `batch_size` rows."""
-    rows = [*plans, *[plans[-1]] * ((batch_size or len(plans)) - len(plans))]
+def assemble(rows: Sequence[PreparedPlan]) -> Batch:
+    """Stacks requests of one shape key."""
     tokens, token_mask = pad_tokens([row.tokens for row in rows], rows[0].shape_key.prompt_bucket)
     return Batch(
         images=np.stack([row.images for row in rows]),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openpi_flash_models.batching import WarmUpShape
 from openpi_flash_models.checkpoints.orbax_source import open_jax_source
 from openpi_flash_models.errors import InvalidObservationError, PolicyConfigError
 from openpi_flash_models.golden.compare import GoldenModel
@@ -16,7 +17,6 @@ from openpi_flash_models.planner.config import PI05_SUBTASK, load_planner_config
 from openpi_flash_models.planner.decoder import Decoder, load_decoder
 from openpi_flash_models.planner.planner import GenerationOptions, PlanKey, Planner, assemble
 from openpi_flash_models.planner.vocabulary import EOS, subtask_vocabulary
-from openpi_flash_models.policy import WarmUpShape
 from openpi_flash_models.tokenizer import PromptTokenizer
 
 GOLDEN = GoldenModel(Path(__file__).parents[3] / "tests/data/golden/pi05_a")
@@ -245,7 +245,7 @@ def test_a_planner_of_one_robot_says_what_it_wants(planner):
     ]
     assert len(planner.image_specs) == 7
     assert not any(spec.required for spec in planner.image_specs)
-    assert planner.view_counts == (1, 2, 3)
+    assert planner.view_counts == [1, 2, 3]
     with pytest.raises(PolicyConfigError, match="max_batch_size: expected at least 1, got 0"):
         Planner(CONFIG, planner.decoder, TOKENIZER, max_batch_size=0)
 

@@ -16,9 +16,10 @@ from openpi_flash_common.codec import tensor_from_proto, tensor_to_proto
 from openpi_flash_common.model_server import select_shapes
 from openpi_flash_common.process_test import Process
 from openpi_flash_common.settings import SettingsError, WarmUpSettings
+from openpi_flash_models.batching import WarmUpShape
 from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.load import load_policy
-from openpi_flash_models.policy import Policy, WarmUpShape
+from openpi_flash_models.policy import Policy
 from openpi_flash_models.policy_configs import load_policy_config
 
 TOKENIZER = Path(__file__).parents[3] / "tests/data/golden/tokenizer/tiny_visible.model"
