@@ -71,6 +71,7 @@ class Written(NamedTuple):
         tokens: (B, CAPACITY) int32, zeros behind the last one of each row.
         lengths: (B,) int32, tokens of each row, EOS included.
         done: (B,) bool, whose row has ended.
+        sound: (B,) bool, whose tokens were all chosen from finite logits.
         steps: () int32, how often a token was chosen: tokens of the longest row.
         logits: (B, V) float32, from which the newest tokens were chosen.
         cache: keys and values of the tokens, (L, B, CAPACITY, K, h) each; the newest token has none yet.
@@ -79,6 +80,7 @@ class Written(NamedTuple):
     tokens: Array
     lengths: Array
     done: Array
+    sound: Array
     steps: Array
     logits: Array
     cache: model.Cache
@@ -108,6 +110,7 @@ def start(
         tokens=jnp.zeros((batch, CAPACITY), jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
+        sound=jnp.ones(batch, bool),
         steps=jnp.zeros((), jnp.int32),
         logits=tied_logits(weights, last),
         cache=model.Cache(room, room),
@@ -161,10 +164,12 @@ def write(written: Written, sampling: Sampling, allowed: Array) -> Written:
     """Chooses the next token of every row from `written.logits`; rows that have ended get a 0."""
     chosen = jnp.where(written.done, 0, choose(written.logits, written.steps, sampling, allowed))
     lengths = written.lengths + ~written.done
+    is_finite = jnp.isfinite(written.logits.max(-1))  # of NaN and others the largest is NaN
     return written._replace(
         tokens=lax.dynamic_update_slice_in_dim(written.tokens, chosen[:, None], written.steps, 1),
         lengths=lengths,
         done=written.done | (chosen == EOS) | (lengths >= sampling.max_tokens),
+        sound=written.sound & (written.done | is_finite),
         steps=written.steps + 1,
     )
 

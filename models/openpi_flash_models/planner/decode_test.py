@@ -83,6 +83,18 @@ def test_in_pieces_it_writes_the_same(golden):
     np.testing.assert_array_equal(pieces.written.logits, whole.written.logits)
 
 
+def test_padding_moves_no_position(golden):
+    """Positions go on from the number of valid tokens, not from the index of the last one."""
+    batch = golden_batch(2)
+    expected = golden.advance(golden.start(batch))
+    for length in (int(batch.token_mask.sum()), batch.tokens.shape[1] + 40):
+        tokens, token_mask = (np.resize(part, (1, length)) for part in (batch.tokens, batch.token_mask))
+        tokens[:, batch.token_mask.sum() :], token_mask[:, batch.token_mask.sum() :] = 0, False
+        draft = golden.advance(golden.start(batch._replace(tokens=tokens, token_mask=token_mask)))
+        assert draft.token_ids() == expected.token_ids()
+        np.testing.assert_allclose(draft.written.logits, expected.written.logits, atol=1e-5)
+
+
 def test_the_most_tokens_compile_nothing(golden):
     for max_tokens in (10, 20):
         golden.advance(golden.start(golden_batch(0, max_tokens=max_tokens)))
@@ -120,6 +132,14 @@ def test_bfloat16_stays_near_float32(golden):
     exact, near = (np.asarray(one.start(golden_batch(0)).written.logits[0]) for one in (golden, half))
     assert np.vdot(exact, near) / np.linalg.norm(exact) / np.linalg.norm(near) >= 0.999
     assert len(half.advance(half.start(golden_batch(0))).token_ids()[0]) == 12
+
+
+def test_in_bfloat16_logits_are_float32_and_so_have_no_ties_of_rounding():
+    half = load(CASES[0]["vocab_mask"], "bfloat16")
+    logits = np.asarray(half.start(golden_batch(0)).written.logits[0])
+    assert logits.dtype == np.float32
+    assert len(np.unique(logits)) == len(logits)
+    assert len(np.unique(logits.astype(jnp.bfloat16))) < len(logits)
 
 
 @pytest.mark.parametrize("block", [64, 100, 512, 8192])
@@ -221,6 +241,7 @@ def test_layers_in_decoding_are_those_of_the_prefix(golden):
         tokens=jnp.zeros((1, decode.CAPACITY), jnp.int32).at[:, :3].set(tokens[:, 1:]),
         lengths=jnp.ones(1, jnp.int32),
         done=jnp.zeros(1, bool),
+        sound=jnp.ones(1, bool),
         steps=jnp.int32(0),
         logits=expected,
         cache=model.Cache(room, room),

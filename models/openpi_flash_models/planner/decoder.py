@@ -7,6 +7,7 @@ import numpy as np
 
 from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.errors import ModelsError
 from openpi_flash_models.jax.backend import parse_placement
 from openpi_flash_models.jax.model import Weights
 from openpi_flash_models.jax.weights import VLM, read_weights
@@ -51,7 +52,13 @@ class Draft(NamedTuple):
         return bool(np.asarray(self.written.done).all())
 
     def token_ids(self) -> list[list[int]]:
-        """What each row holds so far. Waits for the device."""
+        """What each row holds so far. Waits for the device.
+
+        Raises:
+            ModelsError: the model gave NaN or infinity, of which no text can be made.
+        """
+        if not np.asarray(self.written.sound).all():
+            raise ModelsError("the planner's logits are not finite; its weights or its precision are at fault")
         tokens, lengths = np.asarray(self.written.tokens), np.asarray(self.written.lengths)
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 

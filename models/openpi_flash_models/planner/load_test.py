@@ -91,6 +91,7 @@ def test_one_may_name_ones_own_cameras(tmp_path):
     prepared = planner.prepare({"gripper": images[1], "overhead": images[0]})
     np.testing.assert_array_equal(prepared.images, images)
     assert planner.run([prepared])[0].num_tokens
+    np.testing.assert_array_equal(planner.prepare({"overhead": images[0]}).images, images[:1])  # masked, not black
     assert planner.view_counts == [1, 2]
 
 

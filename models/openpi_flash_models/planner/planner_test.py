@@ -1,4 +1,4 @@
-"""The planner from observation to words. Of what SPEC lists as wrong with the public planner, none happens here."""
+"""The planner from observation to words. Of what is known to be wrong with the public one, none happens here."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ import pytest
 
 from openpi_flash_models.batching import WarmUpShape
 from openpi_flash_models.checkpoints.orbax_source import open_jax_source
-from openpi_flash_models.errors import InvalidObservationError, PolicyConfigError
+from openpi_flash_models.errors import InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.images import resize_with_pad
 from openpi_flash_models.planner import decoder
@@ -73,15 +73,19 @@ def test_a_missing_camera_is_dropped_and_not_shown_as_black(planner):
         assert np.abs(dropped - first_logits(planner, made_up)).max() > 1e-2
 
 
-@pytest.mark.parametrize("robot", [droid_observation, libero_observation])
-def test_pictures_of_every_robot_reach_the_model(planner, robot):
-    observation = robot()
+@pytest.mark.parametrize(
+    "observation",
+    [aloha_observation("cam_left_wrist", "cam_right_wrist"), droid_observation(), libero_observation()],
+    ids=("aloha", "droid", "libero"),
+)
+def test_pictures_of_every_robot_reach_the_model(planner, observation):
     prepared = planner.prepare(observation, prompt="fold the towel")
-    expected = [resize_with_pad(image, 56, 56) for image in observation.values()]
+    pictures = [np.moveaxis(image, 0, -1) if len(image) == 3 else image for image in observation.values()]
+    expected = [resize_with_pad(image, 56, 56) for image in pictures]
     np.testing.assert_array_equal(prepared.images, expected)
     usual = first_logits(planner, observation)
     for path in observation:
-        changed = first_logits(planner, observation | {path: picture(9)})
+        changed = first_logits(planner, observation | {path: picture(9, *observation[path].shape)})
         assert np.abs(usual - changed).max() > 1e-2
 
 
@@ -109,6 +113,17 @@ def test_the_end_token_ends_a_subtask_and_is_no_text(planner):
         assert subtask.text == TOKENIZER.decode([i for i in subtask.token_ids if i != EOS]).strip()
         ended += subtask.token_ids[-1] == EOS
     assert ended
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error_and_no_text(golden_decoder, broken):
+    weights = golden_decoder.weights | {"vlm_norm": np.full(GOLDEN.config.vlm.width, broken, np.float32)}
+    planner = Planner(CONFIG, Decoder(GOLDEN.config, weights, golden_decoder.device, ALLOWED), TOKENIZER)
+    prepared = planner.prepare(libero_observation(), prompt="go")
+    with pytest.raises(ModelsError, match="logits are not finite"):
+        planner.run([prepared])
+    with pytest.raises(ModelsError, match="logits are not finite"):
+        next(planner.stream(prepared))
 
 
 def test_requests_are_batched_without_knowing_of_each_other(planner):
