@@ -1,11 +1,10 @@
 """The action service as a whole: from its settings to a server, and a policy that is loaded and warm."""
 
-import functools
 import logging
 import time
 from pathlib import Path
 
-from openpi_flash_common.model_server import make_server, serve_model, warm_up
+from openpi_flash_common.model_server import serve_model, warm_up
 from openpi_flash_common.scheduler import Scheduler
 from openpi_flash_common.settings import ActionSettings, EngineSettings, SettingsError
 from openpi_flash_common.telemetry import setup
@@ -31,11 +30,8 @@ async def serve(settings: EngineSettings) -> None:
     if action is None:
         raise SettingsError("action: required by the action service, but not set")
     telemetry = setup(settings.telemetry, "action")
-    scheduler = Scheduler(action.queue_size, telemetry)
-    servicer = ActionServicer(scheduler, telemetry)
-    servicer.server = make_server(SERVICE, servicer.register, action, telemetry)
-    on_ready = functools.partial(setattr, servicer, "policy")
-    await serve_model(servicer.server, scheduler, telemetry, lambda: load(settings, action), on_ready)
+    servicer = ActionServicer(Scheduler(action.queue_size, telemetry), telemetry)
+    await serve_model(SERVICE, servicer, action, telemetry, lambda: load(settings, action))
 
 
 def load(settings: EngineSettings, action: ActionSettings) -> Policy:

@@ -1,9 +1,7 @@
 """ActionService: requests from the wire to the scheduler, answers back."""
 
-import asyncio
 import functools
 import importlib.metadata
-import math
 import time
 from collections.abc import AsyncIterator
 
@@ -17,14 +15,8 @@ from openpi_flash_common.codec import (
     tensor_from_proto,
     tensor_to_proto,
 )
-from openpi_flash_common.errors import (
-    DeadlineExceededError,
-    FailedPreconditionError,
-    InvalidArgumentError,
-    UnavailableError,
-    error_to_proto,
-)
-from openpi_flash_common.grpc_server import GrpcServer
+from openpi_flash_common.errors import FailedPreconditionError, InvalidArgumentError, error_to_proto
+from openpi_flash_common.model_server import ModelServicer, timing_to_proto
 from openpi_flash_common.scheduler import Scheduler
 from openpi_flash_common.telemetry import Span, Telemetry, TraceContext, current_span
 from openpi_flash_models.errors import InvalidObservationError
@@ -36,22 +28,14 @@ SERVICE: str = action_pb2.DESCRIPTOR.services_by_name["ActionService"].full_name
 _MODES = (inference_pb2.MODE_UNSPECIFIED, inference_pb2.MODE_DEFAULT, inference_pb2.MODE_ACTION_ONLY)
 
 
-class ActionServicer(action_pb2_grpc.ActionServiceServicer):
-    """The handlers. `server` must be set before the first stream, `policy` when it is loaded and warm.
-
-    Attributes:
-        policy: None: not ready yet; requests are refused.
-    """
-
-    server: GrpcServer
+class ActionServicer(ModelServicer[Policy], action_pb2_grpc.ActionServiceServicer):
+    """The handlers."""
 
     def __init__(self, scheduler: Scheduler, telemetry: Telemetry) -> None:
-        self.policy: Policy | None = None
-        self._scheduler = scheduler
+        super().__init__(scheduler, "policy")
         self._telemetry = telemetry
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds the handlers to a gRPC server."""
         action_pb2_grpc.add_ActionServiceServicer_to_server(self, server)
 
     async def Infer(  # noqa: N802 - gRPC's name
@@ -81,7 +65,7 @@ class ActionServicer(action_pb2_grpc.ActionServiceServicer):
     async def GetMetadata(  # noqa: N802 - gRPC's name
         self, _: inference_pb2.GetMetadataRequest, __: grpc.aio.ServicerContext
     ) -> inference_pb2.GetMetadataResponse:
-        return _metadata(self._ready_policy())
+        return _metadata(self.ready_model())
 
     async def Reset(  # noqa: N802 - gRPC's name
         self, request: inference_pb2.ResetRequest, _: grpc.aio.ServicerContext
@@ -94,32 +78,12 @@ class ActionServicer(action_pb2_grpc.ActionServiceServicer):
         self, request: inference_pb2.InferRequest, timeout_s: float | None, span: Span
     ) -> inference_pb2.InferResponse:
         arrived = time.monotonic()
-        policy = self._ready_policy()
+        policy = self.ready_model()
         _check_mode(request.mode)
-        deadline = math.inf if timeout_s is None else arrived + timeout_s
-        prepare = functools.partial(_prepare, policy, request)
-        try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._scheduler.infer(policy, prepare, deadline, span, policy.finish)
-        except TimeoutError:
-            raise DeadlineExceededError("the request's time ran out before the actions were there") from None
-        response = inference_pb2.InferResponse(
-            tensors={name: tensor_to_proto(array, name) for name, array in answer.result.items()},
-            timing=types_pb2.Timing(
-                queue_ms=answer.queue_ms,
-                preprocess_ms=answer.preprocess_ms,
-                model_ms=answer.model_ms,
-                postprocess_ms=answer.postprocess_ms,
-                batch_size=answer.batch_size,
-            ),
-        )
-        response.timing.total_ms = (time.monotonic() - arrived) * 1e3
-        return response
-
-    def _ready_policy(self) -> Policy:
-        if self.policy is None:
-            raise UnavailableError("the policy is being loaded and warmed up; try again later")
-        return self.policy
+        prepare = functools.partial(_prepare, request=request)
+        answer = await self.infer(prepare, timeout_s, span, policy.finish)
+        tensors = {name: tensor_to_proto(array, name) for name, array in answer.result.items()}
+        return inference_pb2.InferResponse(tensors=tensors, timing=timing_to_proto(answer, arrived))
 
 
 def _prepare(policy: Policy, request: inference_pb2.InferRequest) -> PreparedPolicyRequest:

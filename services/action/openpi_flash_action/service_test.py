@@ -78,7 +78,7 @@ async def serving(telemetry: Telemetry, *, ready: bool = True) -> AsyncIterator[
     await service.server.start()
     running = asyncio.ensure_future(service.server.run_until_stopped())
     if ready:
-        service.servicer.policy = service.policy
+        service.servicer.model = service.policy
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{service.server.ports[0]}") as channel:
             service.stub = action_pb2_grpc.ActionServiceStub(channel)
@@ -266,7 +266,7 @@ async def test_before_it_is_ready_everything_is_unavailable():
         request = inference_pb2.InferStreamRequest(request_id=1, request=make_request())
         (refused,) = await stream_call(service, request)
         assert refused.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
-        service.servicer.policy = service.policy
+        service.servicer.model = service.policy
         (answer,) = await stream_call(service, request)
         assert answer.HasField("response")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from openpi_flash_common.process import run_service
-from openpi_flash_common.settings import SettingsError
+from openpi_flash_common.settings import EXIT_CONFIG, SettingsError
 
 
 class Process:
@@ -51,6 +51,14 @@ class Process:
         """Reads the rest of the log; the exit code."""
         self.log += (await asyncio.to_thread(self._stderr.read)).splitlines()
         return await asyncio.to_thread(self._process.wait, 60)
+
+    async def refusal(self) -> str:
+        """What it says, in plain words, when it ends because its settings or files cannot be used."""
+        said = await self.line_with("openpi-flash-")
+        assert await self.end() == EXIT_CONFIG
+        log = "\n".join(self.log)
+        assert "Traceback" not in log
+        return log[log.index(said.rstrip()) :]
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)

@@ -1,10 +1,9 @@
 """The planner service as a whole: from its settings to a server, and a planner that is loaded and warm."""
 
-import functools
 import logging
 import time
 
-from openpi_flash_common.model_server import make_server, serve_model, warm_up
+from openpi_flash_common.model_server import serve_model, warm_up
 from openpi_flash_common.scheduler import Scheduler
 from openpi_flash_common.settings import EngineSettings, PlannerSettings, SettingsError
 from openpi_flash_common.telemetry import setup
@@ -31,11 +30,8 @@ async def serve(settings: EngineSettings) -> None:
     if planner is None:
         raise SettingsError("planner: required by the planner service, but not set")
     telemetry = setup(settings.telemetry, "planner")
-    scheduler = Scheduler(planner.queue_size, telemetry)
-    servicer = PlannerServicer(scheduler, Configuration(planner))
-    server = make_server(SERVICE, servicer.register, planner, telemetry)
-    on_ready = functools.partial(setattr, servicer, "planner")
-    await serve_model(server, scheduler, telemetry, lambda: load(settings, planner), on_ready)
+    servicer = PlannerServicer(Scheduler(planner.queue_size, telemetry), Configuration(planner))
+    await serve_model(SERVICE, servicer, planner, telemetry, lambda: load(settings, planner))
 
 
 def load(settings: EngineSettings, planner: PlannerSettings) -> Planner:

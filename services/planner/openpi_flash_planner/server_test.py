@@ -99,6 +99,7 @@ async def test_it_listens_at_once_serves_when_warm_and_stops_cleanly(start, file
             {**PICTURES, "prompt": "open the drawer"}, options=GenerationOptions(max_generation_tokens=6)
         )
         assert (response.text, response.num_tokens) == (expected.text, expected.num_tokens)
+        assert response.action_prompt == f"open the drawer. Subtask: {expected.text}"
         assert response.text
         process.terminate()
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -126,9 +127,5 @@ async def test_a_stop_while_it_loads_is_clean(start):
 async def test_what_cannot_be_served_is_said_in_a_line_and_not_tried_again(start, files, planner, message):
     if "checkpoint_dir" in planner:
         planner = {"checkpoint_dir": str(files / planner["checkpoint_dir"])}
-    process = start(**planner)
-    await process.line_with("openpi-flash-planner: ")
-    assert await process.end() == 2
-    log = "\n".join(process.log)
-    assert re.search(message, log), log
-    assert "Traceback" not in log
+    said = await start(**planner).refusal()
+    assert re.search(message, said), said

@@ -1,17 +1,16 @@
 """PlannerService: requests from the wire to the scheduler, subtasks back."""
 
-import asyncio
 import contextlib
 import functools
 import importlib.metadata
-import math
 import time
 from collections.abc import AsyncGenerator
 
 import grpc
-from openpi_flash.v1 import planner_pb2, planner_pb2_grpc, types_pb2
+from openpi_flash.v1 import planner_pb2, planner_pb2_grpc
 from openpi_flash_common.codec import image_specs_to_proto, observation_from_proto
-from openpi_flash_common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from openpi_flash_common.errors import InvalidArgumentError
+from openpi_flash_common.model_server import ModelServicer, deadline_after, timing_to_proto
 from openpi_flash_common.scheduler import Answer, Scheduler
 from openpi_flash_common.telemetry import current_span
 from openpi_flash_models.errors import InvalidObservationError
@@ -25,46 +24,35 @@ _Request = planner_pb2.GenerateSubtaskRequest | planner_pb2.GenerateSubtaskStrea
 SERVICE: str = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"].full_name
 
 
-class PlannerServicer(planner_pb2_grpc.PlannerServiceServicer):
-    """The handlers. `planner` must be set when it is loaded and warm.
+class PlannerServicer(ModelServicer[Planner], planner_pb2_grpc.PlannerServiceServicer):
+    """The handlers. Before the planner is ready, only the configuration is answered for.
 
     Attributes:
-        planner: None: not ready yet; only the configuration is answered for.
         configuration: the one in force; a request keeps the one that it found.
     """
 
     def __init__(self, scheduler: Scheduler, configuration: Configuration) -> None:
-        self.planner: Planner | None = None
+        super().__init__(scheduler, "planner")
         self.configuration = configuration
-        self._scheduler = scheduler
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds the handlers to a gRPC server."""
         planner_pb2_grpc.add_PlannerServiceServicer_to_server(self, server)
 
     async def GenerateSubtask(  # noqa: N802 - gRPC's name
         self, request: planner_pb2.GenerateSubtaskRequest, context: grpc.aio.ServicerContext
     ) -> planner_pb2.GenerateSubtaskResponse:
-        arrived, timeout_s = time.monotonic(), context.time_remaining()
-        planner = self._ready_planner()
-        configuration = self.configuration
-        prepare = functools.partial(_prepare, planner, request, configuration.options)
-        try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._scheduler.infer(planner, prepare, _deadline(arrived, timeout_s), current_span())
-        except TimeoutError:
-            raise DeadlineExceededError("the request's time ran out before the subtask was there") from None
+        arrived, configuration = time.monotonic(), self.configuration
+        prepare = functools.partial(_prepare, request=request, options=configuration.options)
+        answer = await self.infer(prepare, context.time_remaining(), current_span())
         return _response(answer, configuration, arrived)
 
     async def GenerateSubtaskStream(  # noqa: N802 - gRPC's name
         self, request: planner_pb2.GenerateSubtaskStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[planner_pb2.GenerateSubtaskStreamResponse, None]:
-        arrived = time.monotonic()
-        planner = self._ready_planner()
-        configuration = self.configuration
+        arrived, configuration = time.monotonic(), self.configuration
+        planner, deadline = self.ready_model(), deadline_after(context.time_remaining())
         prepare = functools.partial(_prepare, planner, request, configuration.options)
-        deadline = _deadline(arrived, context.time_remaining())
-        answers = self._scheduler.stream(planner, prepare, deadline, current_span(), planner.stream)
+        answers = self.scheduler.stream(planner, prepare, deadline, current_span(), planner.stream)
         num_sent = 0
         async with contextlib.aclosing(answers):
             async for answer in answers:
@@ -94,17 +82,12 @@ class PlannerServicer(planner_pb2_grpc.PlannerServiceServicer):
     async def GetPlannerMetadata(  # noqa: N802 - gRPC's name
         self, _: planner_pb2.GetPlannerMetadataRequest, __: grpc.aio.ServicerContext
     ) -> planner_pb2.GetPlannerMetadataResponse:
-        planner = self._ready_planner()
+        planner = self.ready_model()
         return planner_pb2.GetPlannerMetadataResponse(
             model_config_name=planner.config.name,
             image_specs=image_specs_to_proto(planner.image_specs),
             server_version=importlib.metadata.version("openpi-flash-planner"),
         )
-
-    def _ready_planner(self) -> Planner:
-        if self.planner is None:
-            raise UnavailableError("the planner is being loaded and warmed up; try again later")
-        return self.planner
 
 
 def _prepare(planner: Planner, request: _Request, options: GenerationOptions) -> PreparedPlan:
@@ -119,23 +102,12 @@ def _prepare(planner: Planner, request: _Request, options: GenerationOptions) ->
         raise InvalidArgumentError(str(error), error.field) from error
 
 
-def _deadline(arrived: float, timeout_s: float | None) -> float:
-    return math.inf if timeout_s is None else arrived + timeout_s
-
-
 def _response(answer: Answer, configuration: Configuration, arrived: float) -> planner_pb2.GenerateSubtaskResponse:
-    total_ms = (time.monotonic() - arrived) * 1e3
+    timing = timing_to_proto(answer, arrived)
     return planner_pb2.GenerateSubtaskResponse(
         text=answer.result.text,
-        ms=total_ms,
+        ms=timing.total_ms,
         num_tokens=answer.result.num_tokens,
+        timing=timing,
         action_prompt=configuration.action_prompt(answer.result),
-        timing=types_pb2.Timing(
-            queue_ms=answer.queue_ms,
-            preprocess_ms=answer.preprocess_ms,
-            model_ms=answer.model_ms,
-            postprocess_ms=answer.postprocess_ms,
-            total_ms=total_ms,
-            batch_size=answer.batch_size,
-        ),
     )

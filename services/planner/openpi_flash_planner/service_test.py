@@ -41,6 +41,7 @@ class GatedDecoder:
     def __init__(self, decoder) -> None:
         self._decoder = decoder
         self.calls: list[tuple[str, int]] = []
+        self.failures: list[Exception] = []
         self.start_gate, self.advance_gate = threading.Event(), threading.Event()
         self.start_gate.set()
         self.advance_gate.set()
@@ -48,6 +49,8 @@ class GatedDecoder:
     def start(self, batch):
         self.calls.append(("start", len(batch.images)))
         assert self.start_gate.wait(30)
+        if self.failures:
+            raise self.failures.pop()
         return self._decoder.start(batch)
 
     def advance(self, draft, until=256):
@@ -89,7 +92,7 @@ async def serving(
     await service.server.start()
     running = asyncio.ensure_future(service.server.run_until_stopped())
     if ready:
-        service.servicer.planner = planner
+        service.servicer.model = planner
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{service.server.ports[0]}") as channel:
             service.stub = planner_pb2_grpc.PlannerServiceStub(channel)
@@ -133,8 +136,8 @@ def direct(planner: Planner, seed: int = 0, **options) -> GeneratedSubtask:
     return planner.infer({**pictures(seed), "prompt": TASKS[seed % 4]}, options=written)
 
 
-async def stream_call(service: Service, observation: types_pb2.Observation):
-    request = planner_pb2.GenerateSubtaskStreamRequest(observation=observation)
+async def stream_call(service: Service, observation: types_pb2.Observation | None = None):
+    request = planner_pb2.GenerateSubtaskStreamRequest(observation=observation or make_observation())
     return [message async for message in service.stub.GenerateSubtaskStream(request, timeout=20)]
 
 
@@ -243,6 +246,16 @@ async def test_bad_input_is_refused_by_name(service, name):
     assert not service.decoder.calls
 
 
+async def test_a_failure_of_the_model_is_an_error_and_no_empty_text(service):
+    expected = direct(service.planner).text
+    for call in (lambda: service.stub.GenerateSubtask(make_request(), timeout=20), lambda: stream_call(service)):
+        service.decoder.failures.append(RuntimeError("out of memory"))
+        with pytest.raises(grpc.aio.AioRpcError, match="internal error of the server") as caught:
+            await call()
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert (await service.stub.GenerateSubtask(make_request(), timeout=60)).text == expected
+
+
 async def test_the_robots_state_may_be_there_and_changes_nothing(service):
     request = make_request()
     request.observation.tensors["observation/state"].CopyFrom(tensor_to_proto(np.full(8, np.nan)))
@@ -300,7 +313,7 @@ async def test_the_action_policys_prompt_comes_along(service):
     assert (last.text, last.action_prompt) == (subtask, f"{subtask} (Fold the towel.)")
 
 
-async def test_a_seed_makes_a_sampled_subtask_repeatable(service):
+async def test_a_seed_makes_a_sampled_subtask_repeatable_and_has_it_run_alone(service):
     await service.stub.UpdateConfig(planner_pb2.UpdateConfigRequest(temperature=5, top_k=50), timeout=20)
     request = make_request()
     request.seed = 11
@@ -309,6 +322,15 @@ async def test_a_seed_makes_a_sampled_subtask_repeatable(service):
     stream = planner_pb2.GenerateSubtaskStreamRequest(observation=request.observation, seed=11)
     messages = [message async for message in service.stub.GenerateSubtaskStream(stream, timeout=60)]
     assert messages[-1].response.text == texts.pop()
+
+    service.decoder.calls.clear()
+    service.decoder.start_gate.clear()
+    calls = [asyncio.ensure_future(service.stub.GenerateSubtask(make_request(), timeout=60))]
+    await service.until(lambda: service.decoder.calls)
+    calls += [asyncio.ensure_future(service.stub.GenerateSubtask(request, timeout=60)) for _ in range(2)]
+    await service.until(lambda: len(service.scheduler._waiting) == 2)
+    service.decoder.start_gate.set()
+    assert [response.timing.batch_size for response in await asyncio.gather(*calls)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +379,7 @@ async def test_before_it_is_ready_only_the_configuration_is_answered_for(loaded)
             with pytest.raises(grpc.aio.AioRpcError, match="loaded and warmed up") as caught:
                 await call
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        service.servicer.planner = service.planner
+        service.servicer.model = service.planner
         assert (await service.stub.GenerateSubtask(make_request(), timeout=60)).num_tokens == 2
 
 
