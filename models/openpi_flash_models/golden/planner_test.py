@@ -13,6 +13,23 @@ GOLDEN = Path(__file__).parents[3] / "tests/data/golden"
 QUANTITIES = {"planner prompt", "initial_logits", "step_logits", "tokens_masked", "tokens_unmasked", "subtask"}
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The model's folder, without its cases."""
+    folder = tmp_path / "pi05_a"
+    shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(GOLDEN / "pi05_a/checkpoint", folder / "checkpoint")
+    shutil.copy(GOLDEN / "pi05_a/config.json", folder)
+    return folder
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    """One case."""
+    with np.load(GOLDEN / "pi05_a/planner1.npz") as file:
+        return dict(file)
+
+
 def test_tokens_and_logits_equal_the_planners():
     model = GoldenModel(GOLDEN / "pi05_a")
     differences = list(check_planners(model))
@@ -37,14 +54,7 @@ def test_without_jax_there_is_nothing_to_check():
         ("text", None, {"subtask"}),
     ],
 )
-def test_a_wrong_number_is_noticed(tmp_path, array, index, quantities):
-    folder = tmp_path / "pi05_a"
-    folder.mkdir()
-    shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
-    shutil.copytree(GOLDEN / "pi05_a/checkpoint", folder / "checkpoint")
-    shutil.copy(GOLDEN / "pi05_a/config.json", folder)
-    with np.load(GOLDEN / "pi05_a/planner1.npz") as file:
-        arrays = dict(file)
+def test_a_wrong_number_is_noticed(folder, arrays, array, index, quantities):
     if index is None:
         arrays[array] = np.array("something else")
     else:
@@ -54,14 +64,7 @@ def test_a_wrong_number_is_noticed(tmp_path, array, index, quantities):
     assert {difference.quantity for difference in failed} == quantities
 
 
-def test_a_masked_camera_is_dropped(tmp_path):
-    folder = tmp_path / "pi05_a"
-    folder.mkdir()
-    shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
-    shutil.copytree(GOLDEN / "pi05_a/checkpoint", folder / "checkpoint")
-    shutil.copy(GOLDEN / "pi05_a/config.json", folder)
-    with np.load(GOLDEN / "pi05_a/planner1.npz") as file:
-        arrays = dict(file)
+def test_a_masked_camera_is_dropped(folder, arrays):
     arrays["prefix_mask"][0, 32:48] = False  # the camera that the public planner made up
     np.savez(folder / "planner1.npz", **arrays)
     failed = {difference.quantity for difference in check_planners(GoldenModel(folder)) if not difference.passes}
