@@ -79,7 +79,7 @@ def load(path: Path, config: ModelConfig, device: str | None) -> Decoder:
 
 def measure_most_tokens(loaded: Decoder, most_tokens: list[int], runs: int) -> list[dict[str, Any]]:
     rows = []
-    print(f"{'most tokens':>11} {'':8}" + "".join(f"{name:>17}" for name in (*PARTS, "compiling s")))
+    print(f"{'most tokens':>11} {'':8}" + "".join(f"{name:>20}" for name in (*PARTS, "compiling s")))
     for most in most_tokens:
         batch, unrolled = make_batch(most), Unrolled(loaded, most)
         jax.clear_caches()
@@ -91,8 +91,8 @@ def measure_most_tokens(loaded: Decoder, most_tokens: list[int], runs: int) -> l
             parts.append([first, (whole - first) / (most - 1), streamed, whole, timed(unrolled)])
         *loop, whole_unrolled = (percentiles(of) for of in np.array(parts).T)
         for arm, measured in (("loop", loop), ("unrolled", [None, None, None, whole_unrolled])):
-            columns = "".join(f"{shown(of):>17}" for of in measured)
-            print(f"{most:11} {arm:8}{columns}{compiling[arm]:17.2f}", flush=True)
+            columns = "".join(f"{shown(of):>20}" for of in measured)
+            print(f"{most:11} {arm:8}{columns}{compiling[arm]:20.2f}", flush=True)
             row = {"most_tokens": most, "arm": arm, "compile_s": compiling[arm]}
             rows.append(row | dict(zip(PARTS, measured, strict=True)))
     jax.clear_caches()
@@ -115,6 +115,8 @@ def measure_early_ends(loaded: Decoder, most: int, runs: int) -> list[dict[str, 
         rows.append({"tokens": num_tokens, "ms": min(timed_write(ending, batch)[1] for _ in range(5))})
     rows.sort(key=lambda row: row["tokens"])
     tokens, ms = (np.array([row[name] for row in rows]) for name in ("tokens", "ms"))
+    if len(np.unique(tokens)) < 2:
+        return rows
     slope, start = np.polyfit(tokens - 1, ms, 1)
     off = np.abs(start + slope * (tokens - 1) - ms).max()
     print(f"at most {most} tokens: {len(rows)} sampled subtasks ended after {tokens[0]} to {tokens[-1]}. They took")
