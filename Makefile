@@ -8,7 +8,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .cache/uv/bin/uv)
 PY := .venv/bin/python
 SOURCES := $(shell git ls-files --cached --others --exclude-standard '*pyproject.toml' 'proto/*.proto' proto/hatch_build.py)
 
-.PHONY: help demo install test lint format golden smoke-full-size bench-overhead bench-combined bench-link proto-breaking stubs lock clean
+.PHONY: help demo install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench-overhead: .venv/.dev $(STOCK_CLIENT) ## Time outside the model, beside ope
 
 bench-combined: .venv/.dev ## What a planner costs an action, in each cadence, beside action-only
 	OMP_NUM_THREADS=1 $(PY) benchmarks/combined.py
+
+bench-planner: .venv/.dev ## What a subtask costs: first token, each further one, compiling
+	$(PY) benchmarks/planner.py
 
 bench-link: .venv/.dev $(STOCK_CLIENT) | $(filter .cache/%,$(UV)) ## Answer times over an emulated link (root, TUN; QUICK=1: five minutes)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.link.bench table $(if $(QUICK),--quick) $(BENCH_ARGS)
