@@ -1,0 +1,1 @@
+//! The frames of the QUIC transport, without sockets and without a runtime: bytes in, frames out.
