@@ -1,0 +1,14 @@
+//! What both ends of the QUIC transport share: TLS, tuning, sockets, and frames on streams.
+
+pub mod socket;
+pub mod stream;
+pub mod tls;
+mod tuning;
+
+use openpi_flash_wire::CloseCode;
+pub use tuning::{Congestion, Tuning};
+
+/// A reason to close as QUIC's number.
+pub fn code(code: CloseCode) -> quinn::VarInt {
+    quinn::VarInt::from_u32(code as u32)
+}

@@ -1,0 +1,88 @@
+//! How QUIC is tuned: for a burst of 50 to 500 KB every 20 to 500 ms that wants to be answered, not for bulk.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::congestion::{ControllerFactory, CubicConfig};
+use quinn::{AckFrequencyConfig, TransportConfig, VarInt};
+
+/// Makes a congestion controller for each connection.
+pub type Congestion = Arc<dyn ControllerFactory + Send + Sync>;
+
+/// Round trip assumed before the first is measured. It also sets the pacer's first burst and how soon a lost handshake
+/// packet is sent again: 333 ms, which QUIC assumes, costs a second.
+const INITIAL_RTT: Duration = Duration::from_millis(25);
+
+/// Longest that a receiver holds an acknowledgement back.
+const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
+
+/// A first window that holds half an observation or a whole compressed one.
+const INITIAL_WINDOW: u64 = 256 << 10;
+
+/// Datagrams that wait to be sent or read, in bytes; what is beyond is dropped.
+const DATAGRAM_BUFFER: usize = 8 << 20;
+
+/// What of the transport can be set. The defaults are those of a robot's end.
+#[derive(Clone)]
+pub struct Tuning {
+    /// How often an idle connection is probed; none: never.
+    pub keep_alive: Option<Duration>,
+    /// Silence after which the peer counts as gone. The shorter of the two ends' holds.
+    pub idle_timeout: Duration,
+    /// Most that a peer may have sent on one stream without its being read, in bytes.
+    pub stream_window: u32,
+    /// Most that a peer may have sent on all streams without its being read, in bytes.
+    pub connection_window: u32,
+    /// Most streams at once that the peer may open, in each direction: (bidirectional, unidirectional).
+    pub streams: (u32, u32),
+    /// How fast to send.
+    pub congestion: Congestion,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        let mut cubic = CubicConfig::default();
+        cubic.initial_window(INITIAL_WINDOW);
+        Self {
+            keep_alive: Some(Duration::from_millis(300)),
+            idle_timeout: Duration::from_secs(1),
+            stream_window: 4 << 20,
+            connection_window: 8 << 20,
+            streams: (0, 0),
+            congestion: Arc::new(cubic),
+        }
+    }
+}
+
+impl fmt::Debug for Tuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tuning")
+            .field("keep_alive", &self.keep_alive)
+            .field("idle_timeout", &self.idle_timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Tuning {
+    /// The same as quinn wants it.
+    pub fn transport(&self) -> TransportConfig {
+        let mut acks = AckFrequencyConfig::default();
+        acks.max_ack_delay(Some(MAX_ACK_DELAY));
+        let idle_ms = u32::try_from(self.idle_timeout.as_millis()).unwrap_or(u32::MAX);
+        let mut config = TransportConfig::default();
+        config
+            .initial_rtt(INITIAL_RTT)
+            .ack_frequency_config(Some(acks))
+            .keep_alive_interval(self.keep_alive)
+            .max_idle_timeout(Some(VarInt::from_u32(idle_ms).into()))
+            .stream_receive_window(self.stream_window.into())
+            .receive_window(self.connection_window.into())
+            .max_concurrent_bidi_streams(self.streams.0.into())
+            .max_concurrent_uni_streams(self.streams.1.into())
+            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_BUFFER)
+            .congestion_controller_factory(Arc::clone(&self.congestion));
+        config
+    }
+}
