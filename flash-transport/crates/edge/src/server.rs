@@ -74,9 +74,9 @@ impl Edge {
         Ok(Self { ports, gate: Gate::new(settings.limits), metrics, metrics_listener, drain, settings })
     }
 
-    /// The UDP addresses, in the order of the settings.
-    pub fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
-        self.ports.iter().map(|port| port.endpoint.local_addr()).collect()
+    /// Slots and UDP addresses, in the order of the settings.
+    pub fn addresses(&self) -> io::Result<Vec<(&'static str, SocketAddr)>> {
+        self.ports.iter().map(|port| Ok((port.context.slot, port.endpoint.local_addr()?))).collect()
     }
 
     /// Where metrics are served.

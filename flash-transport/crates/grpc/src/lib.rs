@@ -1,10 +1,14 @@
 //! `PolicyService` over gRPC with bodies that stay serialized.
 
+mod server;
+
 use bytes::{Buf, BufMut, Bytes};
 use openpi_flash_wire::{Code, Method, Refusal};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::metadata::{BinaryMetadataValue, MetadataMap};
 use tonic::{Code as GrpcCode, Status};
+
+pub use server::{CallContext, Handler, PolicyServer};
 
 /// The service's full name.
 pub const SERVICE: &str = "openpi_flash.v1.PolicyService";

@@ -1,0 +1,168 @@
+//! The `client` subcommand: ordinary gRPC from the robot's programs, QUIC to the server.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::{ArgGroup, Args};
+use openpi_flash_client::{Call, Certified, Client, Error, Fingerprint, Method, Options, Refusal, Trust};
+use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::server::{HealthReporter, health_reporter};
+
+use crate::{Fatal, read_token, stop_signal};
+
+#[derive(Args)]
+#[command(group = ArgGroup::new("trust"))]
+pub struct SidecarArguments {
+    /// Server, as host:port; the port may be left out.
+    #[arg(env = "OPENPI_FLASH_SERVER")]
+    server: String,
+    /// Where gRPC is served: unix:/path or an address of this machine, such as 127.0.0.1:50051.
+    #[arg(long, env = "OPENPI_FLASH_LISTEN", default_value = "127.0.0.1:50051")]
+    listen: String,
+    /// Name that the server's certificate must have [default: the server's].
+    #[arg(long, env = "OPENPI_FLASH_SERVER_NAME")]
+    server_name: Option<String>,
+    /// PEM file of the CA of the server's certificate [default: the authorities that this machine trusts].
+    #[arg(long, env = "OPENPI_FLASH_CA_FILE", group = "trust")]
+    ca_file: Option<PathBuf>,
+    /// SHA-256 fingerprint of the server's certificate, which the server logs when it starts.
+    #[arg(long, env = "OPENPI_FLASH_FINGERPRINT", group = "trust")]
+    fingerprint: Option<Fingerprint>,
+    /// Trust any certificate. Whoever is on the way can then read and change everything.
+    #[arg(long, env = "OPENPI_FLASH_INSECURE_SKIP_VERIFY", group = "trust")]
+    insecure_skip_verify: bool,
+    /// PEM file of this robot's certificate.
+    #[arg(long, env = "OPENPI_FLASH_CERT_FILE", requires = "key_file")]
+    cert_file: Option<PathBuf>,
+    /// PEM file of that certificate's private key.
+    #[arg(long, env = "OPENPI_FLASH_KEY_FILE", requires = "cert_file")]
+    key_file: Option<PathBuf>,
+    /// File whose first line is the bearer token that the server asks for.
+    #[arg(long, env = "OPENPI_FLASH_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// Time of a call without a deadline, in milliseconds.
+    #[arg(long, env = "OPENPI_FLASH_DEFAULT_TIMEOUT_MS", default_value_t = 30_000)]
+    default_timeout_ms: u64,
+    /// Longest that a call waits for a connection, in milliseconds.
+    #[arg(long, env = "OPENPI_FLASH_CONNECT_TIMEOUT_MS", default_value_t = 5_000)]
+    connect_timeout_ms: u64,
+    /// How often an idle connection is probed, in milliseconds.
+    #[arg(long, env = "OPENPI_FLASH_KEEP_ALIVE_MS", default_value_t = 300)]
+    keep_alive_ms: u64,
+    /// Silence after which the server counts as gone, in milliseconds.
+    #[arg(long, env = "OPENPI_FLASH_IDLE_TIMEOUT_MS", default_value_t = 1_000)]
+    idle_timeout_ms: u64,
+}
+
+const DEFAULT_PORT: u16 = 5555;
+
+/// Serves until it is told to stop.
+pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
+    let stop = stop_signal()?;
+    let options = options(&arguments)?;
+    let max_bytes = options.max_answer_bytes;
+    let client = Client::new(options)?;
+    let (reporter, health) = health_reporter();
+    reporter.set_not_serving::<PolicyServer<Forwarder>>().await;
+    tokio::spawn(report_health(reporter, client.clone()));
+    let server = Server::builder()
+        .add_service(health)
+        .add_service(PolicyServer::new(Forwarder { client: client.clone() }, max_bytes));
+    let problem = |error| format!("cannot listen on {}: {error}", arguments.listen);
+    match arguments.listen.strip_prefix("unix:").map(Path::new) {
+        Some(path) => {
+            remove_stale(path)?;
+            let listener = UnixListener::bind(path).map_err(problem)?;
+            tracing::info!(address = arguments.listen, "listening");
+            server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await?;
+            let _ = std::fs::remove_file(path);
+        }
+        None => {
+            let address: SocketAddr = arguments.listen.parse().map_err(|_| {
+                format!("{}: unix:/path or an address such as 127.0.0.1:50051 is expected", arguments.listen)
+            })?;
+            if !address.ip().is_loopback() {
+                return Err(
+                    format!("{address}: gRPC without TLS is for this machine alone; use a loopback address").into()
+                );
+            }
+            let listener = TcpListener::bind(address).await.map_err(problem)?;
+            tracing::info!(address = %listener.local_addr()?, "listening");
+            server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop).await?;
+        }
+    }
+    client.close().await;
+    Ok(())
+}
+
+/// Answers gRPC calls with the server's answers. A call without a session is in the sidecar's own.
+struct Forwarder {
+    client: Client,
+}
+
+impl Handler for Forwarder {
+    async fn call(&self, method: Method, body: Bytes, context: CallContext) -> Result<Bytes, Refusal> {
+        let CallContext { timeout, traceparent, tracestate } = context;
+        let call = Call { timeout, session: None, traceparent, tracestate };
+        let answer = self.client.call(method, body, call).await;
+        answer.map(|answer| answer.body).map_err(|error: Error| error.refusal())
+    }
+}
+
+/// The health of PolicyService follows the connection.
+async fn report_health(reporter: HealthReporter, client: Client) {
+    let mut connected = client.connected();
+    drop(client);
+    loop {
+        let now = *connected.borrow_and_update();
+        let status = if now { ServingStatus::Serving } else { ServingStatus::NotServing };
+        reporter.set_service_status("", status).await;
+        reporter.set_service_status(openpi_flash_grpc::SERVICE, status).await;
+        if connected.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Removes the socket that a killed predecessor left, unless somebody listens on it.
+fn remove_stale(path: &Path) -> Result<(), Fatal> {
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => Err(format!("{}: another program listens on it", path.display()).into()),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Ok(std::fs::remove_file(path)?),
+        Err(_) => Ok(()),
+    }
+}
+
+fn options(arguments: &SidecarArguments) -> Result<Options, Fatal> {
+    let (host, port) = match arguments.server.rsplit_once(':') {
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+            (host, port.parse().map_err(|_| format!("{}: host:port is expected", arguments.server))?)
+        }
+        _ => (arguments.server.as_str(), DEFAULT_PORT),
+    };
+    let mut options = Options::new(host.trim_matches(['[', ']']), port);
+    options.server_name.clone_from(&arguments.server_name);
+    options.trust = match (&arguments.ca_file, arguments.fingerprint) {
+        (Some(path), _) => Trust::CaFile(path.clone()),
+        (_, Some(fingerprint)) => Trust::Fingerprint(fingerprint),
+        _ if arguments.insecure_skip_verify => Trust::InsecureAnyCertificate,
+        _ => Trust::SystemRoots,
+    };
+    if let (Some(cert), Some(key)) = (&arguments.cert_file, &arguments.key_file) {
+        options.certificate = Some(Certified::load(cert, key)?);
+    }
+    if let Some(path) = &arguments.token_file {
+        options.token = read_token(path)?;
+    }
+    options.call_timeout = Duration::from_millis(arguments.default_timeout_ms);
+    options.connect_timeout = Duration::from_millis(arguments.connect_timeout_ms);
+    options.tuning.keep_alive = Some(Duration::from_millis(arguments.keep_alive_ms));
+    options.tuning.idle_timeout = Duration::from_millis(arguments.idle_timeout_ms);
+    Ok(options)
+}
