@@ -196,6 +196,13 @@ impl Client {
         link.rebind().map_err(|error| self.inner.unavailable(error.to_string()))
     }
 
+    /// Ends the connection; the next call, or this client by itself, begins another.
+    pub async fn disconnect(&self) {
+        if let Ok(link) = self.inner.link().await {
+            link.close();
+        }
+    }
+
     /// Ends the connection, and every call with it, and waits until the server has been told.
     pub async fn close(&self) {
         if let Some(link) = self.inner.close() {

@@ -126,6 +126,9 @@ async fn answer_requests(client: &Arc<Client>, connection: &Connection) {
 async fn answer(client: Arc<Client>, mut send: SendStream, mut receive: RecvStream) {
     let context = &client.context;
     let given_up = send.stopped();
+    if receive.is_0rtt() {
+        context.metrics.early_requests.get_or_create(&SlotLabels { slot: context.slot }).inc();
+    }
     let work = async {
         let mut held = (context.bytes.hold(), client.bytes.hold());
         let started = Instant::now();
@@ -151,21 +154,21 @@ async fn answer(client: Arc<Client>, mut send: SendStream, mut receive: RecvStre
         outcome = work => outcome,
         _ = given_up => Err(Gone),
     };
-    let (method, code_name) = match outcome {
+    let count = |method, code| {
+        context.metrics.requests.get_or_create(&RequestLabels { slot: context.slot, method, code }).inc();
+    };
+    match outcome {
         Err(Gone) => {
+            count("", Code::Cancelled.name());
             let _ = receive.stop(code(CloseCode::Cancelled));
             let _ = send.reset(code(CloseCode::Cancelled));
-            ("", Code::Cancelled.name())
         }
         Ok((method, result, took)) => {
-            let name = result.as_ref().map_or_else(|refusal| refusal.code.name(), |_| "OK");
+            count(method, result.as_ref().map_or_else(|refusal| refusal.code.name(), |_| "OK"));
             let _ = receive.stop(code(CloseCode::Done)); // of a request that was refused before its end
             respond(context, &mut send, result, took).await;
-            (method, name)
         }
-    };
-    let labels = RequestLabels { slot: context.slot, method, code: code_name };
-    context.metrics.requests.get_or_create(&labels).inc();
+    }
 }
 
 /// Reads a request; what it holds of the two budgets grows with what has arrived. The error is a refusal, or nothing

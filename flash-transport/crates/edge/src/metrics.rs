@@ -25,6 +25,7 @@ pub struct Metrics {
     registry: Registry,
     draining: AtomicBool,
     pub(crate) requests: Family<RequestLabels, Counter>,
+    pub(crate) early_requests: Family<SlotLabels, Counter>,
     pub(crate) seconds: Family<MethodLabels, Histogram>,
     pub(crate) receive_seconds: Family<MethodLabels, Histogram>,
     pub(crate) in_flight: Family<SlotLabels, Gauge>,
@@ -67,6 +68,7 @@ impl Metrics {
             registry: Registry::with_prefix("openpi_flash_edge"),
             draining: AtomicBool::new(false),
             requests: Family::default(),
+            early_requests: Family::default(),
             seconds: Family::new_with_constructor(histogram),
             receive_seconds: Family::new_with_constructor(histogram),
             in_flight: Family::default(),
@@ -79,6 +81,8 @@ impl Metrics {
         };
         let registry = &mut metrics.registry;
         registry.register("requests", "Requests answered, by gRPC status", metrics.requests.clone());
+        let help = "Requests that came at 0-RTT, with the first packet of a connection";
+        registry.register("early_requests", help, metrics.early_requests.clone());
         let help = "From a request's last byte to its answer";
         registry.register_with_unit("request", help, Unit::Seconds, metrics.seconds.clone());
         let help = "From a request's first byte to its last";

@@ -14,7 +14,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{
-    CertificateError, CipherSuite, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+    CertificateError, CipherSuite, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, ServerConfig,
+    SignatureScheme,
 };
 
 /// Sessions that a server remembers for resumption at 0-RTT. Each is used once, so that nothing is replayed.
@@ -212,6 +213,24 @@ fn file(path: &Path, problem: String) -> TlsError {
     TlsError::File { path: path.into(), problem }
 }
 
+/// The certificate is another than the pinned one.
+struct WrongFingerprint(Fingerprint);
+
+impl std::error::Error for WrongFingerprint {}
+
+impl fmt::Display for WrongFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "its fingerprint {} is not the pinned one", self.0)
+    }
+}
+
+/// rustls shows errors of others in this form.
+impl fmt::Debug for WrongFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 /// Trusts one certificate, or, without a pin, any; the peer must have its key all the same.
 #[derive(Debug)]
 struct Pinned {
@@ -230,7 +249,8 @@ impl ServerCertVerifier for Pinned {
     ) -> Result<ServerCertVerified, rustls::Error> {
         match self.pin {
             Some(pin) if pin != Fingerprint::of(end_entity) => {
-                Err(CertificateError::ApplicationVerificationFailure.into())
+                let problem = WrongFingerprint(Fingerprint::of(end_entity));
+                Err(CertificateError::Other(OtherError(Arc::new(problem))).into())
             }
             _ => Ok(ServerCertVerified::assertion()),
         }
