@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clap::{ArgGroup, Args};
+use futures_util::FutureExt;
 use openpi_flash_client::{Call, Certified, Client, Error, Fingerprint, Method, Options, Refusal, Trust};
 use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
 use tokio::net::{TcpListener, UnixListener};
@@ -62,9 +63,12 @@ pub struct SidecarArguments {
 
 const DEFAULT_PORT: u16 = 5555;
 
+/// For programs of the robot that hold their connections when the sidecar is told to stop.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Serves until it is told to stop.
 pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
-    let stop = stop_signal()?;
+    let stop = stop_signal()?.shared();
     let options = options(&arguments)?;
     let max_bytes = options.max_answer_bytes;
     let client = Client::new(options)?;
@@ -80,7 +84,8 @@ pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
             remove_stale(path)?;
             let listener = UnixListener::bind(path).map_err(problem)?;
             tracing::info!(address = arguments.listen, "listening");
-            server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await?;
+            let served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone());
+            at_most_after(stop, served).await?;
             let _ = std::fs::remove_file(path);
         }
         None => {
@@ -94,11 +99,23 @@ pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
             }
             let listener = TcpListener::bind(address).await.map_err(problem)?;
             tracing::info!(address = %listener.local_addr()?, "listening");
-            server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop).await?;
+            let served = server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone());
+            at_most_after(stop, served).await?;
         }
     }
     client.close().await;
     Ok(())
+}
+
+/// Serves until it is told to stop, and then until the robot's programs have let go, or the time for that is over.
+async fn at_most_after(
+    stop: impl Future<Output = ()>,
+    served: impl Future<Output = Result<(), tonic::transport::Error>>,
+) -> Result<(), tonic::transport::Error> {
+    tokio::select! {
+        result = served => result,
+        () = async { stop.await; tokio::time::sleep(DRAIN_TIMEOUT).await } => Ok(()),
+    }
 }
 
 /// Answers gRPC calls with the server's answers. A call without a session is in the sidecar's own.

@@ -58,10 +58,15 @@ impl Sidecar {
         Ok(grpc.unary(request, PathAndQuery::from_static(path(method)), RawCodec).await?.into_inner())
     }
 
-    fn stop(&mut self) -> Option<i32> {
+    async fn stop(&mut self) -> Option<i32> {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-        self.child.wait().unwrap().code()
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
@@ -91,7 +96,7 @@ async fn every_method_of_the_service_is_forwarded() {
     let status = sidecar.unary(Method::Infer, &Bytes::from_static(REFUSE)).await.unwrap_err();
     let expected = Refusal { code: Code::InvalidArgument, message: "no such camera".into(), field: "images/a".into() };
     assert_eq!(refusal(&status), expected);
-    assert_eq!(sidecar.stop(), Some(0));
+    assert_eq!(sidecar.stop().await, Some(0));
     assert!(!sidecar.socket.exists());
 }
 
