@@ -4,6 +4,8 @@
 //! makes it so. Resizing and conversion give the bytes that the model's own preprocessing would give, so that with a
 //! lossless encoding the actions are the same bits whoever resizes.
 
+#![forbid(unsafe_code)]
+
 mod encode;
 mod resize;
 
