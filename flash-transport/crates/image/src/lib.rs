@@ -133,6 +133,12 @@ impl<'a> PictureRef<'a> {
         })
     }
 
+    /// Whether there is nothing to scale, to transpose or to encode.
+    fn travels_as_it_is(&self, spec: &ImageSpec) -> bool {
+        (self.height, self.width, self.layout) == (spec.height, spec.width, spec.layout)
+            && spec.encoding == Encoding::Raw
+    }
+
     /// The picture as 8-bit RGB in its own axis order.
     fn bytes(&self) -> Result<Cow<'a, [u8]>, Error> {
         match self.pixels {
@@ -194,23 +200,18 @@ pub enum Error {
 pub fn prepare(picture: PictureRef<'_>, spec: &ImageSpec) -> Result<Encoded, Error> {
     num_values(spec.height, spec.width)?;
     let bytes = picture.bytes()?;
-    let right_size = (picture.height, picture.width) == (spec.height, spec.width);
-    let data = if right_size && picture.layout == spec.layout && spec.encoding == Encoding::Raw {
+    let data = if picture.travels_as_it_is(spec) {
         bytes.into_owned()
     } else {
         let interleaved = match picture.layout {
             Layout::Hwc => bytes,
             Layout::Chw => Cow::Owned(interleave(&bytes)),
         };
-        let scaled = if right_size {
+        let (from, to) = ((picture.height, picture.width), (spec.height, spec.width));
+        let scaled = if from == to {
             interleaved
         } else {
-            let from = (picture.height, picture.width);
-            Cow::Owned(resize::resize_with_pad(
-                &interleaved,
-                from,
-                (spec.height, spec.width),
-            )?)
+            Cow::Owned(resize::resize_with_pad(&interleaved, from, to)?)
         };
         encode::encode(scaled, spec)?
     };
@@ -223,17 +224,25 @@ pub fn prepare(picture: PictureRef<'_>, spec: &ImageSpec) -> Result<Encoded, Err
     })
 }
 
-/// [`prepare`] for the cameras of one observation, each on a thread of its own. The results are in the same order.
+/// [`prepare`] for the cameras of one observation, in parallel. The results are in the same order.
 pub fn prepare_all(pictures: &[(PictureRef<'_>, ImageSpec)]) -> Vec<Result<Encoded, Error>> {
-    let Some(((first, first_spec), rest)) = pictures.split_first() else {
+    let one = |(picture, spec): &(PictureRef<'_>, ImageSpec)| prepare(*picture, spec);
+    let Some((first, rest)) = pictures.split_first() else {
         return Vec::new();
     };
+    // Starting a thread takes longer than copying a picture.
+    if pictures
+        .iter()
+        .all(|(picture, spec)| picture.travels_as_it_is(spec))
+    {
+        return pictures.iter().map(one).collect();
+    }
     thread::scope(|scope| {
         let others: Vec<_> = rest
             .iter()
-            .map(|(picture, spec)| scope.spawn(move || prepare(*picture, spec)))
+            .map(|camera| scope.spawn(move || one(camera)))
             .collect();
-        let first = prepare(*first, first_spec);
+        let first = one(first);
         let others = others
             .into_iter()
             .map(|camera| camera.join().unwrap_or_else(|panic| resume_unwind(panic)));
