@@ -2,7 +2,7 @@
 //!
 //! The pictures that a model was trained on were resized by Pillow, so that its rounding is part of the model's input.
 //! What makes it Pillow's: an antialiased triangle, weights normalised in double precision and rounded to 22 fractional
-//! bits, and two passes, horizontal first, each rounded to bytes.
+//! bits, and two passes, each rounded to bytes.
 
 use crate::Error;
 
