@@ -8,6 +8,14 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .cache/uv/bin/uv)
 PY := .venv/bin/python
 SOURCES := $(shell git ls-files --cached --others --exclude-standard '*pyproject.toml' 'proto/*.proto' proto/hatch_build.py)
 
+# Rust, from where it is, or else below .cache.
+ifeq ($(shell cargo --version 2>/dev/null),)
+export RUSTUP_HOME := $(CURDIR)/.cache/rust/rustup
+export CARGO_HOME := $(CURDIR)/.cache/rust/cargo
+export PATH := $(CARGO_HOME)/bin:$(PATH)
+CARGO := .cache/rust/.done
+endif
+
 .PHONY: help demo install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
 
 help: ## This list
@@ -16,6 +24,13 @@ help: ## This list
 .cache/uv/bin/uv:
 	python3 -m venv .cache/uv
 	.cache/uv/bin/pip install --quiet uv==$(UV_VERSION)
+
+.cache/rust/.done:
+	python3 -m venv .cache/rust/venv
+	.cache/rust/venv/bin/pip install --quiet puccinialin==0.1.14
+	.cache/rust/venv/bin/python -c 'from puccinialin import setup_rust; setup_rust(".cache/rust")'
+	rustup component add clippy rustfmt
+	@touch $@
 
 # An environment is installed from a lock of exact versions and hashes; the workspace's own packages are editable.
 define install
@@ -42,10 +57,13 @@ demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like
 
 install: .venv/.dev ## Everything into .venv, both backends
 
-test: .venv/.dev $(STOCK_CLIENT) ## All tests
+test: .venv/.dev $(STOCK_CLIENT) $(CARGO) ## All tests
+	cargo test --workspace --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
-lint: .venv/.dev ## ruff, mypy, buf
+lint: .venv/.dev $(CARGO) ## ruff, mypy, buf, rustfmt, clippy
+	cargo fmt --check
+	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	@for package in models/openpi_flash_models services/*/openpi_flash_* clients/python/openpi_flash_client cli/openpi_flash_cli; do \
@@ -53,7 +71,8 @@ lint: .venv/.dev ## ruff, mypy, buf
 	cd proto && ../.venv/bin/buf lint && ../.venv/bin/buf format --diff --exit-code
 	$(MAKE) --no-print-directory proto-breaking
 
-format: .venv/.dev ## Format everything
+format: .venv/.dev $(CARGO) ## Format everything
+	cargo fmt
 	.venv/bin/ruff check --fix --exit-zero --quiet .
 	.venv/bin/ruff format .
 	cd proto && ../.venv/bin/buf format --write

@@ -21,21 +21,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let encoding = match (encoding.as_str(), rest) {
         ("raw", []) => Encoding::Raw,
         ("png", []) => Encoding::Png,
-        (quality, [subsampling]) => Encoding::Jpeg {
-            quality: quality.parse()?,
-            subsampling: subsampling.parse()?,
-        },
+        (quality, [subsampling]) => Encoding::Jpeg { quality: quality.parse()?, subsampling: subsampling.parse()? },
         _ => return Err("expected raw, png, or a JPEG quality and subsampling".into()),
     };
     let mut pixels = Vec::new();
     io::stdin().read_to_end(&mut pixels)?;
     let picture = PictureRef::new(Pixels::U8(&pixels), height, width, Layout::Hwc)?;
-    let spec = ImageSpec {
-        height: size,
-        width: size,
-        layout: Layout::Hwc,
-        encoding,
-    };
+    let spec = ImageSpec { height: size, width: size, layout: Layout::Hwc, encoding };
 
     let coded = prepare(picture, &spec)?;
     let mut times_ms = Vec::with_capacity(REPEATS);

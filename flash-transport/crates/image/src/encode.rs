@@ -12,13 +12,9 @@ pub(crate) fn encode(pixels: Cow<'_, [u8]>, spec: &ImageSpec) -> Result<Vec<u8>,
         (Encoding::Raw, Layout::Hwc) => Ok(pixels.into_owned()),
         (Encoding::Raw, Layout::Chw) => Ok(deinterleave(&pixels)),
         (Encoding::Png, _) => encode_png(&pixels, spec.height, spec.width),
-        (
-            Encoding::Jpeg {
-                quality,
-                subsampling,
-            },
-            _,
-        ) => encode_jpeg(&pixels, spec.height, spec.width, quality, subsampling),
+        (Encoding::Jpeg { quality, subsampling }, _) => {
+            encode_jpeg(&pixels, spec.height, spec.width, quality, subsampling)
+        }
     }
 }
 

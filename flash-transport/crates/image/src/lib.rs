@@ -38,9 +38,11 @@ pub enum Encoding {
     Raw,
     /// Lossless, about half the bytes of a photograph.
     Png,
-    /// Lossy; `quality` is 1 to 100.
+    /// Lossy.
     Jpeg {
+        /// 1 to 100.
         quality: u8,
+        /// Resolution of colour.
         subsampling: Subsampling,
     },
 }
@@ -78,12 +80,14 @@ pub struct ImageSpec {
     pub width: u32,
     /// Axis order of a raw picture; coded pictures have none.
     pub layout: Layout,
+    /// How it travels.
     pub encoding: Encoding,
 }
 
 /// Values of a picture in memory order.
 #[derive(Clone, Copy, Debug)]
 pub enum Pixels<'a> {
+    /// 0 to 255.
     U8(&'a [u8]),
     /// In [0, 1]; becomes `255 * value`, truncated as openpi does.
     F32(&'a [f32]),
@@ -118,19 +122,9 @@ impl<'a> PictureRef<'a> {
     pub fn new(pixels: Pixels<'a>, height: u32, width: u32, layout: Layout) -> Result<Self, Error> {
         let expected = num_values(height, width)?;
         if pixels.len() != expected {
-            return Err(Error::Length {
-                height,
-                width,
-                expected,
-                got: pixels.len(),
-            });
+            return Err(Error::Length { height, width, expected, got: pixels.len() });
         }
-        Ok(Self {
-            pixels,
-            height,
-            width,
-            layout,
-        })
+        Ok(Self { pixels, height, width, layout })
     }
 
     /// Whether there is nothing to scale, to transpose or to encode.
@@ -152,35 +146,30 @@ impl<'a> PictureRef<'a> {
 /// A picture as it travels: the fields of the wire's `Image`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encoded {
+    /// Rows.
     pub height: u32,
+    /// Columns.
     pub width: u32,
     /// Axis order of `data` where it is raw.
     pub layout: Layout,
+    /// How `data` is coded.
     pub encoding: Encoding,
+    /// The pixels.
     pub data: Vec<u8>,
 }
 
 /// Why a picture cannot be sent.
+#[allow(missing_docs, reason = "each says it in its message")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("expected both sides positive and at most {MAX_PIXELS} pixels, got {height}x{width}")]
     Size { height: u32, width: u32 },
     #[error("expected {expected} values for a {height}x{width} RGB picture, got {got}")]
-    Length {
-        height: u32,
-        width: u32,
-        expected: usize,
-        got: usize,
-    },
+    Length { height: u32, width: u32, expected: usize, got: usize },
     #[error("expected floats in [0, 1], got {0}")]
     Range(f64),
     #[error("a picture of {from_height}x{from_width} is too thin to be scaled to {height}x{width}")]
-    TooThin {
-        from_height: u32,
-        from_width: u32,
-        height: u32,
-        width: u32,
-    },
+    TooThin { from_height: u32, from_width: u32, height: u32, width: u32 },
     #[error("expected a JPEG quality of 1 to 100, got {0}")]
     Quality(u8),
     #[error("expected a JPEG subsampling of 4:4:4, 4:2:2 or 4:2:0, got {0:?}")]
@@ -208,20 +197,11 @@ pub fn prepare(picture: PictureRef<'_>, spec: &ImageSpec) -> Result<Encoded, Err
             Layout::Chw => Cow::Owned(interleave(&bytes)),
         };
         let (from, to) = ((picture.height, picture.width), (spec.height, spec.width));
-        let scaled = if from == to {
-            interleaved
-        } else {
-            Cow::Owned(resize::resize_with_pad(&interleaved, from, to)?)
-        };
+        let scaled =
+            if from == to { interleaved } else { Cow::Owned(resize::resize_with_pad(&interleaved, from, to)?) };
         encode::encode(scaled, spec)?
     };
-    Ok(Encoded {
-        height: spec.height,
-        width: spec.width,
-        layout: spec.layout,
-        encoding: spec.encoding,
-        data,
-    })
+    Ok(Encoded { height: spec.height, width: spec.width, layout: spec.layout, encoding: spec.encoding, data })
 }
 
 /// [`prepare`] for the cameras of one observation, in parallel. The results are in the same order.
@@ -231,21 +211,13 @@ pub fn prepare_all(pictures: &[(PictureRef<'_>, ImageSpec)]) -> Vec<Result<Encod
         return Vec::new();
     };
     // Starting a thread takes longer than copying a picture.
-    if pictures
-        .iter()
-        .all(|(picture, spec)| picture.travels_as_it_is(spec))
-    {
+    if pictures.iter().all(|(picture, spec)| picture.travels_as_it_is(spec)) {
         return pictures.iter().map(one).collect();
     }
     thread::scope(|scope| {
-        let others: Vec<_> = rest
-            .iter()
-            .map(|camera| scope.spawn(move || one(camera)))
-            .collect();
+        let others: Vec<_> = rest.iter().map(|camera| scope.spawn(move || one(camera))).collect();
         let first = one(first);
-        let others = others
-            .into_iter()
-            .map(|camera| camera.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        let others = others.into_iter().map(|camera| camera.join().unwrap_or_else(|panic| resume_unwind(panic)));
         iter::once(first).chain(others).collect()
     })
 }
@@ -259,15 +231,9 @@ fn num_values(height: u32, width: u32) -> Result<usize, Error> {
     Ok(pixels as usize * 3)
 }
 
-fn floats_to_bytes<T: Copy + From<u8> + Into<f64> + Mul<Output = T>>(
-    values: &[T],
-) -> Result<Vec<u8>, Error> {
+fn floats_to_bytes<T: Copy + From<u8> + Into<f64> + Mul<Output = T>>(values: &[T]) -> Result<Vec<u8>, Error> {
     let sensible = -FLOAT_TOLERANCE..=1.0 + FLOAT_TOLERANCE;
-    if let Some(value) = values
-        .iter()
-        .map(|value| (*value).into())
-        .find(|value| !sensible.contains(value))
-    {
+    if let Some(value) = values.iter().map(|value| (*value).into()).find(|value| !sensible.contains(value)) {
         return Err(Error::Range(value));
     }
     // Multiplied at the picture's own precision, as numpy does: a wider product would truncate elsewhere.

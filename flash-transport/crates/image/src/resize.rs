@@ -13,21 +13,12 @@ const HALF: i32 = 1 << (PRECISION_BITS - 1);
 /// Scales interleaved RGB to fit into `to` and pads it with black; sizes are (height, width), none of them zero.
 ///
 /// The aspect ratio is kept; the odd row or column of padding is at the bottom or at the right.
-pub(crate) fn resize_with_pad(
-    pixels: &[u8],
-    from: (u32, u32),
-    to: (u32, u32),
-) -> Result<Vec<u8>, Error> {
+pub(crate) fn resize_with_pad(pixels: &[u8], from: (u32, u32), to: (u32, u32)) -> Result<Vec<u8>, Error> {
     let ratio = (f64::from(from.1) / f64::from(to.1)).max(f64::from(from.0) / f64::from(to.0));
     let scaled = |side: u32| (f64::from(side) / ratio) as usize;
     let (rows, columns) = (scaled(from.0), scaled(from.1));
     if rows == 0 || columns == 0 {
-        return Err(Error::TooThin {
-            from_height: from.0,
-            from_width: from.1,
-            height: to.0,
-            width: to.1,
-        });
+        return Err(Error::TooThin { from_height: from.0, from_width: from.1, height: to.0, width: to.1 });
     }
     let inside = resize(pixels, (from.0 as usize, from.1 as usize), (rows, columns));
     let (height, width) = (to.0 as usize, to.1 as usize);
@@ -36,11 +27,7 @@ pub(crate) fn resize_with_pad(
     }
     let (top, left) = ((height - rows) / 2, (width - columns) / 2);
     let mut out = vec![0; height * width * 3];
-    for (out, row) in out
-        .chunks_exact_mut(width * 3)
-        .skip(top)
-        .zip(inside.chunks_exact(columns * 3))
-    {
+    for (out, row) in out.chunks_exact_mut(width * 3).skip(top).zip(inside.chunks_exact(columns * 3)) {
         out[left * 3..][..row.len()].copy_from_slice(row);
     }
     Ok(out)
@@ -53,9 +40,7 @@ fn resize(pixels: &[u8], from: (usize, usize), to: (usize, usize)) -> Vec<u8> {
         (true, true) => pixels.to_vec(),
         (true, false) => resize_rows(pixels, from.1, to.1),
         (false, true) => resize_columns(pixels, from, to.0),
-        (false, false) if columns_first => {
-            resize_rows(&resize_columns(pixels, from, to.0), from.1, to.1)
-        }
+        (false, false) if columns_first => resize_rows(&resize_columns(pixels, from, to.0), from.1, to.1),
         (false, false) => resize_columns(&resize_rows(pixels, from.1, to.1), (from.0, to.1), to.0),
     }
 }
@@ -96,29 +81,19 @@ impl Filter {
             }
             starts.push(start - shift);
         }
-        Self {
-            starts,
-            weights,
-            taps,
-        }
+        Self { starts, weights, taps }
     }
 
     /// First input and weights of each output.
     fn outputs(&self) -> impl Iterator<Item = (usize, &[i32])> {
-        self.starts
-            .iter()
-            .copied()
-            .zip(self.weights.chunks_exact(self.taps))
+        self.starts.iter().copied().zip(self.weights.chunks_exact(self.taps))
     }
 }
 
 fn resize_rows(pixels: &[u8], from: usize, to: usize) -> Vec<u8> {
     let filter = Filter::new(from, to);
     let mut out = vec![0; pixels.len() / from * to];
-    for (row, out) in pixels
-        .chunks_exact(from * 3)
-        .zip(out.chunks_exact_mut(to * 3))
-    {
+    for (row, out) in pixels.chunks_exact(from * 3).zip(out.chunks_exact_mut(to * 3)) {
         for ((start, weights), out) in filter.outputs().zip(out.chunks_exact_mut(3)) {
             let mut sums = [HALF; 3];
             for (pixel, weight) in row[start * 3..].chunks_exact(3).zip(weights) {

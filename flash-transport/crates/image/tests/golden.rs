@@ -7,12 +7,7 @@ use npyz::npz::NpzArchive;
 use openpi_flash_image::{Encoding, ImageSpec, Layout, PictureRef, Pixels, prepare};
 
 fn raw(height: u32, width: u32) -> ImageSpec {
-    ImageSpec {
-        height,
-        width,
-        layout: Layout::Hwc,
-        encoding: Encoding::Raw,
-    }
+    ImageSpec { height, width, layout: Layout::Hwc, encoding: Encoding::Raw }
 }
 
 fn resized(pixels: &[u8], (height, width): (u32, u32), to: (u32, u32)) -> Vec<u8> {
@@ -46,13 +41,8 @@ fn resizing_equals_pillow_at_every_size() {
     let photograph = chelsea();
     let mut photographs = 0;
     for (line, seed) in table.lines().zip(0..) {
-        let fields: Vec<u32> = line
-            .split(',')
-            .map(|field| field.parse().unwrap())
-            .collect();
-        let &[height, width, to_height, to_width, crc] = fields.as_slice() else {
-            panic!("{line}")
-        };
+        let fields: Vec<u32> = line.split(',').map(|field| field.parse().unwrap()).collect();
+        let &[height, width, to_height, to_width, crc] = fields.as_slice() else { panic!("{line}") };
         let hashed;
         let pixels = if seed < 1500 {
             hashed = hashed_pixels(seed, (height * width * 3) as usize);
@@ -62,11 +52,7 @@ fn resizing_equals_pillow_at_every_size() {
             &photograph
         };
         let out = resized(pixels, (height, width), (to_height, to_width));
-        assert_eq!(
-            crc32fast::hash(&out),
-            crc,
-            "line {seed}: {height}x{width} to {to_height}x{to_width}"
-        );
+        assert_eq!(crc32fast::hash(&out), crc, "line {seed}: {height}x{width} to {to_height}x{to_width}");
     }
     assert_eq!(photographs, 3);
 }
@@ -81,14 +67,8 @@ impl Golden {
 
     /// Elements, and (height, width) of each picture in them.
     fn array<T: npyz::Deserialize>(&mut self, name: &str) -> (Vec<T>, (u32, u32)) {
-        let array = self
-            .0
-            .by_name(name)
-            .unwrap()
-            .unwrap_or_else(|| panic!("{name} is missing"));
-        let &[.., height, width, 3] = array.shape() else {
-            panic!("{name}: {:?}", array.shape())
-        };
+        let array = self.0.by_name(name).unwrap().unwrap_or_else(|| panic!("{name} is missing"));
+        let &[.., height, width, 3] = array.shape() else { panic!("{name}: {:?}", array.shape()) };
         (array.into_vec().unwrap(), (height as u32, width as u32))
     }
 }
@@ -96,19 +76,14 @@ impl Golden {
 #[test]
 fn resizing_equals_openpi() {
     let mut golden = Golden::open();
-    let names: Vec<_> = (0..9)
-        .map(|case| format!("pil_{case}"))
-        .chain(["pil_noise".into(), "pil_batch".into()])
-        .collect();
+    let names: Vec<_> =
+        (0..9).map(|case| format!("pil_{case}")).chain(["pil_noise".into(), "pil_batch".into()]).collect();
     for name in names {
         let (pictures, from) = golden.array::<u8>(&format!("{name}_in"));
         let (expected, to) = golden.array::<u8>(&format!("{name}_out"));
         let size = |(height, width): (u32, u32)| (height * width * 3) as usize;
         assert_eq!(pictures.len() / size(from), expected.len() / size(to));
-        for (picture, expected) in pictures
-            .chunks_exact(size(from))
-            .zip(expected.chunks_exact(size(to)))
-        {
+        for (picture, expected) in pictures.chunks_exact(size(from)).zip(expected.chunks_exact(size(to))) {
             assert!(resized(picture, from, to) == expected, "{name}");
         }
     }
@@ -120,8 +95,5 @@ fn float_pictures_become_openpis_bytes() {
     let (values, (height, width)) = golden.array::<f32>("to_uint8_in");
     let (expected, _) = golden.array::<u8>("to_uint8_out");
     let picture = PictureRef::new(Pixels::F32(&values), height, width, Layout::Hwc).unwrap();
-    assert_eq!(
-        prepare(picture, &raw(height, width)).unwrap().data,
-        expected
-    );
+    assert_eq!(prepare(picture, &raw(height, width)).unwrap().data, expected);
 }
