@@ -59,6 +59,7 @@ install: .venv/.dev ## Everything into .venv, both backends
 
 test: .venv/.dev $(STOCK_CLIENT) $(CARGO) ## All tests
 	cargo test --workspace --locked --quiet
+	cargo build --package openpi-flash-transport --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
 lint: .venv/.dev $(CARGO) ## ruff, mypy, buf, rustfmt, clippy

@@ -69,6 +69,7 @@ def start_engine(
     slots: Sequence[str] = ("action",),
     planner: dict[str, Any] | None = None,
     telemetry: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
     **action: Any,
 ) -> Engine:
     """Starts an engine for a tiny policy on free ports; does not wait for it.
@@ -76,9 +77,10 @@ def start_engine(
     Args:
         slots: of `action` and `planner`, both from the same checkpoint.
         planner: fields of the `planner` section.
+        environment: variables beside those of this process.
         action: fields of the `action` section.
     """
-    ports = iter(free_ports(6))
+    ports = iter(free_ports(8))
     own = {
         "action": {"max_batch_size": 2, "warm_up": {"prompt_buckets": [64]}, **action},
         "planner": planner or {},
@@ -96,7 +98,11 @@ def start_engine(
         for slot in slots
     }
     for slot in ("action", "planner"):
-        settings[f"{slot}_transport"] = {"websocket_port": next(ports), "unix_socket_path": f"{sockets}/{slot}"}
+        settings[f"{slot}_transport"] = {
+            "websocket_port": next(ports),
+            "quic_port": next(ports),  # free for TCP, and so most likely for UDP
+            "unix_socket_path": f"{sockets}/{slot}",
+        }
     settings["gateway"] = {"host": "127.0.0.1", "grpc_port": next(ports), "admin": {"port": next(ports)}}
     settings["telemetry"] = telemetry or {}
     path = directory / "settings.json"
@@ -105,7 +111,7 @@ def start_engine(
         [sys.executable, "-m", "openpi_flash_cli", "serve", "--config", str(path)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})},
     )
     engine = Engine(process, settings, [])
 

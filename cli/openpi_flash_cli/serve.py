@@ -1,13 +1,15 @@
-"""`openpi-flash serve`: the configured services and the gateway on this machine, supervised."""
+"""`openpi-flash serve`: the configured services, the gateway and the QUIC edge on this machine, supervised."""
 
 import argparse
 import asyncio
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from openpi_flash_common.settings import EngineSettings, load_settings
 
+from openpi_flash_cli.edge import BINARY, BINARY_VARIABLE, edge_program, find_binary
 from openpi_flash_cli.supervisor import Program, Supervisor
 
 
@@ -22,9 +24,19 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments.config)
     if arguments.config is not None:
         os.environ["INFERENCE_CONFIG_PATH"] = str(arguments.config.resolve())
-    return asyncio.run(Supervisor(programs(settings)).run())
+    with tempfile.TemporaryDirectory(prefix="openpi-flash-") as private:
+        return asyncio.run(Supervisor(programs(settings, Path(private))).run())
 
 
-def programs(settings: EngineSettings) -> list[Program]:
-    """What has to run for these settings, in the order of starting."""
-    return [Program(name, (sys.executable, "-m", f"openpi_flash_{name}")) for name in (*settings.slots, "gateway")]
+def programs(settings: EngineSettings, directory: Path) -> list[Program]:
+    """What has to run for these settings, in the order of starting.
+
+    Args:
+        directory: of this user alone, for what the programs are to read.
+    """
+    services = [Program(name, (sys.executable, "-m", f"openpi_flash_{name}")) for name in (*settings.slots, "gateway")]
+    binary = find_binary()
+    if binary is None:
+        print(f"no {BINARY} on the path, and {BINARY_VARIABLE} is not set: QUIC is not served", file=sys.stderr)
+        return services
+    return [*services, edge_program(settings, binary, directory)]

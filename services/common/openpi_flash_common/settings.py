@@ -311,6 +311,7 @@ class TelemetrySettings(_Section):
     gateway_metrics_port: Port = Field(default=9090, description="Metrics port of the gateway.")
     action_metrics_port: Port = Field(default=9091, description="Metrics port of the action service.")
     planner_metrics_port: Port = Field(default=9092, description="Metrics port of the planner service.")
+    edge_metrics_port: Port = Field(default=9093, description="Metrics port of the QUIC edge.")
 
 
 class LogSettings(_Section):

@@ -1,0 +1,59 @@
+"""The QUIC edge beside the gateway: its program's command line, from the settings."""
+
+import os
+import shutil
+from pathlib import Path
+
+from openpi_flash_common.settings import EngineSettings, SettingsError
+
+from openpi_flash_cli.supervisor import Program
+
+BINARY_VARIABLE = "OPENPI_FLASH_TRANSPORT_BINARY"
+BINARY = "openpi-flash-transport"
+
+
+def find_binary() -> Path | None:
+    """The program that the environment names, or the one on the path; None: there is none, and no QUIC.
+
+    Raises:
+        SettingsError: the environment names one that is not there.
+    """
+    named = os.environ.get(BINARY_VARIABLE)
+    if not named:
+        found = shutil.which(BINARY)
+        return Path(found) if found else None
+    if not os.access(named, os.X_OK):
+        raise SettingsError(f"{BINARY_VARIABLE}: {named}: no program that can be run")
+    return Path(named)
+
+
+def edge_program(settings: EngineSettings, binary: Path, directory: Path) -> Program:
+    """What runs the edge for these settings.
+
+    Args:
+        directory: of this user alone; tokens are put there, since a command line can be read by everybody.
+
+    Raises:
+        SettingsError: there is no token where tokens are asked for, or their file cannot be read.
+    """
+    gateway, telemetry = settings.gateway, settings.telemetry
+    host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
+    argv = [str(binary), "--log-format", settings.log.format, "server"]
+    for slot in settings.slots:
+        transport = settings.action_transport if slot == "action" else settings.planner_transport
+        argv += [f"--{slot}-upstream", f"unix:{transport.unix_socket_path}"]
+        argv += [f"--{slot}-listen", f"{host}:{transport.quic_port}"]
+    argv += ["--max-message-bytes", str(min(gateway.max_message_bytes, 64 << 20))]
+    argv += ["--max-in-flight", str(gateway.max_in_flight), "--default-timeout-ms", str(gateway.default_timeout_ms)]
+    if gateway.tls is not None:
+        argv += ["--cert-file", str(gateway.tls.cert_file), "--key-file", str(gateway.tls.key_file)]
+        if gateway.tls.client_ca_file is not None:
+            argv += ["--client-ca-file", str(gateway.tls.client_ca_file)]
+    if gateway.auth is not None:
+        tokens = directory / "tokens"
+        tokens.touch(mode=0o600)
+        tokens.write_text("".join(f"{token}\n" for token in sorted(gateway.auth.load_tokens())))
+        argv += ["--tokens-file", str(tokens), "--upstream-token-file", str(tokens)]
+    if telemetry.metrics:
+        argv += ["--metrics-listen", f"{telemetry.metrics_host}:{telemetry.edge_metrics_port}"]
+    return Program("edge", tuple(argv))

@@ -1,0 +1,57 @@
+"""The edge's command line, and where its program is looked for."""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openpi_flash_common.settings import EngineSettings, SettingsError
+
+from openpi_flash_cli.edge import BINARY_VARIABLE, edge_program, find_binary
+from openpi_flash_cli.serve import programs
+
+PLANNER = {"checkpoint_dir": "nowhere"}
+ACTION = {"model_config_name": "pi05_droid", "checkpoint_dir": "nowhere"}
+
+
+def options(tmp_path: Path, **sections: Any) -> dict[str, str]:
+    argv = edge_program(EngineSettings.model_validate(sections), Path("/bin/edge"), tmp_path).argv
+    assert argv[0] == "/bin/edge"
+    words = argv[argv.index("server") + 1 :]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_each_slot_has_its_port_and_its_socket(tmp_path):
+    found = options(tmp_path, action=ACTION, planner=PLANNER, gateway={"host": "::"})
+    assert (found["--action-upstream"], found["--action-listen"]) == ("unix:/tmp/openpi-action.sock", "[::]:5555")
+    assert (found["--planner-upstream"], found["--planner-listen"]) == ("unix:/tmp/openpi-planner.sock", "[::]:5556")
+    assert "--metrics-listen" not in found
+    alone = options(tmp_path, planner=PLANNER, telemetry={"metrics": True})
+    assert "--action-upstream" not in alone
+    assert alone["--planner-listen"] == "0.0.0.0:5556"
+    assert alone["--metrics-listen"] == "127.0.0.1:9093"
+
+
+def test_certificates_and_tokens_are_the_gateways(tmp_path):
+    tls = {"cert_file": "/c", "key_file": "/k", "client_ca_file": "/ca"}
+    found = options(tmp_path, action=ACTION, gateway={"tls": tls, "auth": {"tokens": ["one", "two"]}})
+    assert (found["--cert-file"], found["--key-file"], found["--client-ca-file"]) == ("/c", "/k", "/ca")
+    tokens = Path(found["--tokens-file"])
+    assert found["--upstream-token-file"] == found["--tokens-file"]
+    assert tokens.read_text() == "one\ntwo\n"
+    assert stat.S_IMODE(tokens.stat().st_mode) == 0o600
+
+
+def test_where_the_program_is_looked_for(tmp_path, monkeypatch, capsys):
+    settings = EngineSettings.model_validate({"action": ACTION})
+    monkeypatch.delenv(BINARY_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [program.name for program in programs(settings, tmp_path)] == ["action", "gateway"]
+    assert "QUIC is not served" in capsys.readouterr().err
+    binary = tmp_path / "openpi-flash-transport"
+    binary.touch(mode=0o700)
+    assert find_binary() == binary
+    assert [program.name for program in programs(settings, tmp_path)] == ["action", "gateway", "edge"]
+    monkeypatch.setenv(BINARY_VARIABLE, str(tmp_path / "other"))
+    with pytest.raises(SettingsError, match="other: no program that can be run"):
+        find_binary()
