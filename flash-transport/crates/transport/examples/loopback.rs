@@ -3,6 +3,7 @@
 //!
 //! `cargo run --release --example loopback [CALLS]`
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let identity = Identity::load_or_create(folder.path(), None, &["localhost".into()])?;
     let fingerprint = identity.certified.fingerprint();
     let address = format!("unix:{}", socket.display());
-    let port = server.block_on(serve(identity, address.clone(), UnixListener::bind(&socket)))?;
+    let port = server.block_on(serve(identity, address.clone(), &socket))?;
     println!("{:<12}{:>12}{:>12}{:>12}{:>12}", "bytes", "QUIC p50", "p99", "gRPC p50", "p99");
     for length in [452_000, 70_000] {
         let body = Bytes::from(vec![7; length]);
@@ -48,13 +49,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-async fn serve(
-    identity: Identity,
-    upstream: String,
-    listener: std::io::Result<UnixListener>,
-) -> Result<u16, Box<dyn std::error::Error>> {
+async fn serve(identity: Identity, upstream: String, socket: &Path) -> Result<u16, Box<dyn std::error::Error>> {
     let service = Server::builder().add_service(PolicyServer::new(AtOnce, 64 << 20));
-    tokio::spawn(service.serve_with_incoming(UnixListenerStream::new(listener?)));
+    tokio::spawn(service.serve_with_incoming(UnixListenerStream::new(UnixListener::bind(socket)?)));
     let edge = Edge::bind(Settings {
         endpoints: vec![EndpointSettings {
             slot: "action",
