@@ -30,7 +30,8 @@ impl LogArguments {
         let filter = ["client", "edge", "quic", "transport"]
             .iter()
             .fold(filter, |filter, name| format!("{filter},openpi_flash_{name}={own}"));
-        let builder = tracing_subscriber::fmt().with_ansi(stderr().is_terminal()).with_writer(stderr).with_env_filter(filter);
+        let builder =
+            tracing_subscriber::fmt().with_ansi(stderr().is_terminal()).with_writer(stderr).with_env_filter(filter);
         match self.log_format {
             LogFormat::Text => builder.init(),
             LogFormat::Json => builder.json().flatten_event(true).init(),
