@@ -4,9 +4,9 @@ All servers have the same policy, which answers at once, so that what is left is
 """
 
 import dataclasses
+import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 import openpi_flash_client
+from openpi_flash_cli.edge import BINARY, BINARY_VARIABLE, edge_program, find_binary
 from openpi_flash_cli.tiny import TinyPolicy, make_tiny_policy
+from openpi_flash_common.settings import load_settings
 
 from benchmarks.link import photographs
 from benchmarks.link.link import Link, Namespace
@@ -43,7 +45,7 @@ class Contender:
     """
 
     name: str
-    client: Literal["openpi-client", "grpc", "quic"]
+    client: Literal["openpi-client", "grpc", "quic", "sidecar"]
     port: int
     encoding: Literal["raw", "jpeg"] = "raw"
     python: str | Path = sys.executable
@@ -53,8 +55,8 @@ class Contender:
         """Why it cannot take part here; None: it can."""
         if self.client == "quic" and not hasattr(openpi_flash_client, "FlashTransportPolicy"):
             return "not built: openpi_flash_client has no FlashTransportPolicy"
-        if self.client == "quic" and transport_binary() is None:
-            return "not built: no openpi-flash-transport on PATH, and OPENPI_FLASH_TRANSPORT_BINARY is not set"
+        if self.client in ("quic", "sidecar") and transport_binary() is None:
+            return f"not built: no {BINARY} on the path, and {BINARY_VARIABLE} is not set"
         if not Path(self.python).exists():
             return f"not installed: {self.python}"
         return None
@@ -63,15 +65,17 @@ class Contender:
 STOCK = Contender("stock WebSocket", "openpi-client", 8100, python=STOCK_PYTHON)
 WEBSOCKET = Contender("our WebSocket", "openpi-client", 8000, python=STOCK_PYTHON)
 GRPC = Contender("our gRPC", "grpc", 50051)
+SIDECAR = Contender("our QUIC, by sidecar", "sidecar", 5555)
 QUIC = Contender("our QUIC, lossless", "quic", 5555)
 QUIC_JPEG = Contender("our QUIC, JPEG", "quic", 5655, encoding="jpeg")
-CONTENDERS = (STOCK, WEBSOCKET, GRPC, QUIC, QUIC_JPEG)
+CONTENDERS = (STOCK, WEBSOCKET, GRPC, SIDECAR, QUIC, QUIC_JPEG)
 ACTION_PORT = 50052
 
 
-def transport_binary() -> str | None:
-    """The QUIC edge; None: there is none here."""
-    return os.environ.get("OPENPI_FLASH_TRANSPORT_BINARY") or shutil.which("openpi-flash-transport")
+@functools.cache
+def transport_binary() -> Path | None:
+    """The program of QUIC's edge and sidecar; None: there is none here."""
+    return find_binary()
 
 
 def start_servers(namespace: Namespace, directory: Path, contenders: Iterable[Contender]) -> None:
@@ -95,7 +99,7 @@ def start_servers(namespace: Namespace, directory: Path, contenders: Iterable[Co
         )
         _start(namespace, [sys.executable, HERE.parent / "instant.py", "--config", settings])
         _start(namespace, [sys.executable, "-m", "openpi_flash_gateway", "--config", settings])
-        if QUIC in contenders:
+        if contenders & {QUIC, SIDECAR}:
             _start_edge(namespace, settings)
     if QUIC_JPEG in contenders:
         settings = _write_settings(
@@ -135,7 +139,10 @@ def _write_settings(
 def _start_edge(namespace: Namespace, settings: Path) -> None:
     binary = transport_binary()
     assert binary is not None  # or the contender would not take part
-    _start(namespace, [binary, "server", "--config", settings])
+    state = settings.parent / "edge"
+    state.mkdir(exist_ok=True)
+    program = edge_program(load_settings(settings, {}), binary, state)
+    _start(namespace, [*program.argv, "--state-dir", state])
 
 
 def _start(namespace: Namespace, command: Sequence[str | Path]) -> None:
@@ -168,8 +175,9 @@ class Robot:
 
     def __init__(self, contender: Contender, namespace: Namespace, link: Link, pictures: Photographs) -> None:
         command = [contender.python, HERE / "robot.py", contender.client, link.server_address, str(contender.port)]
+        environment = {**ENVIRONMENT, BINARY_VARIABLE: str(transport_binary() or "")}
         self._process = namespace.start(
-            [*command, pictures.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+            [*command, pictures.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self.name = contender.name
         self.pid = self._process.pid

@@ -8,7 +8,10 @@ for up to L seconds, the first after O seconds. Both take `"pictures": NAME`, wh
 """
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -38,6 +41,25 @@ def grpc(host: str, port: int) -> tuple[Policy, Callable[[], None]]:
     return policy, policy.close
 
 
+def sidecar(host: str, port: int) -> tuple[Policy, Callable[[], None]]:
+    """A sidecar of its own for each connection, so that a first call includes the sidecar's start."""
+    from openpi_flash_client import GrpcPolicy
+
+    directory = tempfile.TemporaryDirectory(prefix="opf-")
+    socket = f"{directory.name}/policy.sock"
+    command = [os.environ["OPENPI_FLASH_TRANSPORT_BINARY"], "--log-level", "error", "client", f"{host}:{port}"]
+    process = subprocess.Popen([*command, "--listen", f"unix:{socket}", "--insecure-skip-verify"])
+
+    def close() -> None:
+        policy.close()
+        process.terminate()
+        process.wait()
+        directory.cleanup()
+
+    policy = GrpcPolicy(unix_socket=socket, timeout_s=CALL_TIMEOUT_S)
+    return policy, close
+
+
 def quic(host: str, port: int) -> tuple[Policy, Callable[[], None]]:
     from openpi_flash_client import FlashTransportPolicy
 
@@ -45,7 +67,7 @@ def quic(host: str, port: int) -> tuple[Policy, Callable[[], None]]:
     return policy, policy.close
 
 
-CLIENTS = {"openpi-client": openpi_client, "grpc": grpc, "quic": quic}
+CLIENTS = {"openpi-client": openpi_client, "grpc": grpc, "sidecar": sidecar, "quic": quic}
 
 
 class Robot:
