@@ -1,12 +1,14 @@
 //! `PolicyService` as a tonic server, whatever answers it.
 
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Either, Shared, select};
 use futures_util::stream::{self, Stream};
 use openpi_flash_wire::envelope::{read_stream_request, stream_refusal, stream_response_head};
 use openpi_flash_wire::{Code, Method, Refusal};
@@ -45,22 +47,27 @@ pub trait Handler: Send + Sync + 'static {
 }
 
 /// `PolicyService` around a handler.
-#[derive(Debug)]
 pub struct PolicyServer<H> {
     handler: Arc<H>,
     max_body_bytes: usize,
+    stop: Stop,
 }
 
+/// Resolves when the server is told to stop.
+type Stop = Shared<BoxFuture<'static, ()>>;
+
 impl<H: Handler> PolicyServer<H> {
-    /// A service that accepts requests of at most `max_body_bytes`.
-    pub fn new(handler: H, max_body_bytes: usize) -> Self {
-        Self { handler: Arc::new(handler), max_body_bytes }
+    /// A service that accepts requests of at most `max_body_bytes`. When `stop` resolves its streams end, each after
+    /// the answer that it is at: they would otherwise hold up a server's shutdown for as long as their clients like.
+    pub fn new(handler: H, max_body_bytes: usize, stop: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self { handler: Arc::new(handler), max_body_bytes, stop: stop.boxed().shared() }
     }
 }
 
 impl<H> Clone for PolicyServer<H> {
     fn clone(&self) -> Self {
-        Self { handler: Arc::clone(&self.handler), max_body_bytes: self.max_body_bytes }
+        let (handler, stop) = (Arc::clone(&self.handler), self.stop.clone());
+        Self { handler, max_body_bytes: self.max_body_bytes, stop }
     }
 }
 
@@ -78,7 +85,7 @@ impl<H: Handler> Service<http::Request<Body>> for PolicyServer<H> {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let handler = Arc::clone(&self.handler);
+        let (handler, stop) = (Arc::clone(&self.handler), self.stop.clone());
         let mut grpc = Grpc::new(RawCodec).max_decoding_message_size(self.max_body_bytes + ENVELOPE_BYTES);
         let methods = [Method::Infer, Method::Reset, Method::GetMetadata];
         let unary = methods.into_iter().find(|method| path(*method) == request.uri().path());
@@ -98,7 +105,7 @@ impl<H: Handler> Service<http::Request<Body>> for PolicyServer<H> {
                 None if request.uri().path() == INFER_STREAM => {
                     let answer = service_fn(move |request: Request<Streaming<Bytes>>| {
                         let context = context(request.metadata());
-                        let answers = lock_step(Arc::clone(&handler), context, request.into_inner());
+                        let answers = lock_step(Arc::clone(&handler), context, request.into_inner(), stop.clone());
                         async move { Ok::<_, Status>(Response::new(answers)) }
                     });
                     grpc.streaming(answer, request).await
@@ -114,14 +121,19 @@ fn lock_step<H: Handler>(
     handler: Arc<H>,
     context: CallContext,
     requests: Streaming<Bytes>,
+    stop: Stop,
 ) -> impl Stream<Item = Result<Raw, Status>> + Send {
-    stream::unfold((handler, context, requests), |(handler, context, mut requests)| async move {
-        let answer = match requests.message().await {
+    stream::unfold((handler, context, requests, stop), |(handler, context, mut requests, stop)| async move {
+        let next = match select(pin!(requests.message()), stop.clone()).await {
+            Either::Left((next, _)) => next,
+            Either::Right(((), _)) => Ok(None),
+        };
+        let answer = match next {
             Ok(None) => return None,
             Ok(Some(message)) => answer_one(&*handler, &context, &message).await,
             Err(status) => Err(status),
         };
-        Some((answer, (handler, context, requests)))
+        Some((answer, (handler, context, requests, stop)))
     })
 }
 

@@ -50,7 +50,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 async fn serve(identity: Identity, upstream: String, socket: &Path) -> Result<u16, Box<dyn std::error::Error>> {
-    let service = Server::builder().add_service(PolicyServer::new(AtOnce, 64 << 20));
+    let service = Server::builder().initial_stream_window_size(4 << 20).add_service(PolicyServer::new(
+        AtOnce,
+        64 << 20,
+        std::future::pending(),
+    ));
     tokio::spawn(service.serve_with_incoming(UnixListenerStream::new(UnixListener::bind(socket)?)));
     let edge = Edge::bind(Settings {
         endpoints: vec![EndpointSettings {

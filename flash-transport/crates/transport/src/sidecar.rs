@@ -10,8 +10,9 @@ use futures_util::FutureExt;
 use openpi_flash_client::{Call, Certified, Client, Error, Fingerprint, Method, Options, Refusal, Trust};
 use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 
@@ -63,6 +64,9 @@ pub struct SidecarArguments {
 
 const DEFAULT_PORT: u16 = 5555;
 
+/// Bytes that a program may send before it is told to go on: an observation, so that it comes in one go.
+const HTTP2_WINDOW: u32 = 4 << 20;
+
 /// For programs of the robot that hold their connections when the sidecar is told to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -75,9 +79,12 @@ pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
     let (reporter, health) = health_reporter();
     reporter.set_not_serving::<PolicyServer<Forwarder>>().await;
     tokio::spawn(report_health(reporter, client.clone()));
+    let forwarder = PolicyServer::new(Forwarder { client: client.clone() }, max_bytes, stop.clone());
     let server = Server::builder()
+        .initial_stream_window_size(HTTP2_WINDOW)
+        .initial_connection_window_size(HTTP2_WINDOW)
         .add_service(health)
-        .add_service(PolicyServer::new(Forwarder { client: client.clone() }, max_bytes));
+        .add_service(forwarder);
     let problem = |error| format!("cannot listen on {}: {error}", arguments.listen);
     match arguments.listen.strip_prefix("unix:").map(Path::new) {
         Some(path) => {
@@ -99,7 +106,8 @@ pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
             }
             let listener = TcpListener::bind(address).await.map_err(problem)?;
             tracing::info!(address = %listener.local_addr()?, "listening");
-            let served = server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone());
+            let served =
+                server.serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop.clone());
             at_most_after(stop, served).await?;
         }
     }

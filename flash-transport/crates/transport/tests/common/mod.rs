@@ -114,7 +114,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let gateway = Arc::new(Gateway::default());
         let listener = UnixListener::bind(folder.path().join("gateway.sock")).unwrap();
-        let service = PolicyServer::new(Echo(Arc::clone(&gateway)), 64 << 20);
+        let service = PolicyServer::new(Echo(Arc::clone(&gateway)), 64 << 20, std::future::pending());
         let upstream = tokio::spawn(async move {
             let incoming = UnixListenerStream::new(listener);
             Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
