@@ -12,6 +12,7 @@ use openpi_flash_grpc::{INFER_STREAM, Raw, RawCodec, path, refusal};
 use openpi_flash_wire::envelope::{StreamRequest, read_stream_response, stream_request_head};
 use openpi_flash_wire::{Code, Method, Refusal};
 use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
@@ -58,9 +59,12 @@ impl Sidecar {
         Ok(grpc.unary(request, PathAndQuery::from_static(path(method)), RawCodec).await?.into_inner())
     }
 
-    async fn stop(&mut self) -> Option<i32> {
+    fn terminate(&self) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    }
+
+    async fn exited(&mut self) -> Option<i32> {
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();
@@ -96,7 +100,8 @@ async fn every_method_of_the_service_is_forwarded() {
     let status = sidecar.unary(Method::Infer, &Bytes::from_static(REFUSE)).await.unwrap_err();
     let expected = Refusal { code: Code::InvalidArgument, message: "no such camera".into(), field: "images/a".into() };
     assert_eq!(refusal(&status), expected);
-    assert_eq!(sidecar.stop().await, Some(0));
+    sidecar.terminate();
+    assert_eq!(sidecar.exited().await, Some(0));
     assert!(!sidecar.socket.exists());
 }
 
@@ -136,4 +141,27 @@ async fn its_health_follows_the_connection() {
     sidecar.wait_for(ServingStatus::NotServing).await;
     world.restart().await;
     sidecar.wait_for(ServingStatus::Serving).await;
+}
+
+#[tokio::test]
+async fn a_stop_ends_open_streams_after_their_answer() {
+    let world = World::new().await;
+    let mut sidecar = Sidecar::new(&world);
+    sidecar.wait_for(ServingStatus::Serving).await;
+    let (requests, receiver) = tokio::sync::mpsc::channel(1);
+    requests.send(enveloped(1, 0, &Bytes::from_static(HOLD))).await.unwrap();
+    let mut grpc = Grpc::new(sidecar.channel.clone());
+    grpc.ready().await.unwrap();
+    let call = tokio::spawn(async move {
+        let outgoing = Request::new(ReceiverStream::new(receiver));
+        let path = PathAndQuery::from_static(INFER_STREAM);
+        let mut answers = grpc.streaming(outgoing, path, RawCodec).await.unwrap().into_inner();
+        (answers.message().await.unwrap().is_some(), answers.message().await.unwrap())
+    });
+    world.gateway.wait_started(1).await;
+    sidecar.terminate();
+    world.gateway.release.notify_waiters();
+    assert_eq!(call.await.unwrap(), (true, None)); // though the robot's program would have gone on
+    drop(requests);
+    assert_eq!(sidecar.exited().await, Some(0));
 }
