@@ -9,8 +9,8 @@ import numpy as np
 import openpi_flash_client
 import pytest
 
-from benchmarks.link import photographs, table
-from benchmarks.link.contenders import GRPC, MODEL_PICTURES, QUIC
+from benchmarks.link import contenders, photographs, table
+from benchmarks.link.contenders import GRPC, MODEL_PICTURES, QUIC, SIDECAR
 from benchmarks.link.link import Network, unavailable
 from benchmarks.link.table import Cell, Plan, Setting
 
@@ -60,11 +60,11 @@ def test_a_contender_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(openpi_flash_client, "FlashTransportPolicy", raising=False)
     assert QUIC.missing == "not built: openpi_flash_client has no FlashTransportPolicy"
     monkeypatch.setattr(openpi_flash_client, "FlashTransportPolicy", object, raising=False)
-    monkeypatch.delenv("OPENPI_FLASH_TRANSPORT_BINARY", raising=False)
-    monkeypatch.setenv("PATH", "")
-    assert "OPENPI_FLASH_TRANSPORT_BINARY is not set" in str(QUIC.missing)
-    monkeypatch.setenv("OPENPI_FLASH_TRANSPORT_BINARY", "/there")
-    assert QUIC.missing is None
+    monkeypatch.setattr(contenders, "transport_binary", lambda: None)
+    for contender in (QUIC, SIDECAR):
+        assert "OPENPI_FLASH_TRANSPORT_BINARY is not set" in str(contender.missing)
+    monkeypatch.setattr(contenders, "transport_binary", lambda: Path("/there"))
+    assert QUIC.missing is SIDECAR.missing is None
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=f"no emulated links here: {unavailable()}")
