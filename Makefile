@@ -16,7 +16,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
+.PHONY: help demo edge install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -31,6 +31,13 @@ help: ## This list
 	.cache/rust/venv/bin/python -c 'from puccinialin import setup_rust; setup_rust(".cache/rust")'
 	rustup component add clippy rustfmt
 	@touch $@
+
+# As the other locks, that of the Rust workspace names no index: cargo puts in its own.
+Cargo.lock: requirements/cargo.lock | $(CARGO)
+	rm -f $@
+	cargo generate-lockfile --quiet
+	index=$$(grep -m1 '^source = ' $@); sed "s|^source$$|$$index|" $< > $@.new
+	mv $@.new $@
 
 # An environment is installed from a lock of exact versions and hashes; the workspace's own packages are editable.
 define install
@@ -57,12 +64,12 @@ demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like
 
 install: .venv/.dev ## Everything into .venv, both backends
 
-test: .venv/.dev $(STOCK_CLIENT) $(CARGO) ## All tests
+test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
 	cargo build --package openpi-flash-transport --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
-lint: .venv/.dev $(CARGO) ## ruff, mypy, buf, rustfmt, clippy
+lint: .venv/.dev Cargo.lock ## ruff, mypy, buf, rustfmt, clippy
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	.venv/bin/ruff check .
@@ -108,12 +115,18 @@ stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT
 	$(UV) run --no-project --with grpcio-tools==1.74.0 python -m grpc_tools.protoc \
 		-Iproto --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) proto/openpi_flash/v1/*.proto
 
-lock: | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
+edge: Cargo.lock ## The QUIC edge and sidecar: target/release/openpi-flash-transport
+	cargo build --release --locked --package openpi-flash-transport
+
+lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock
 	(echo "# Versions of what builds the workspace's own packages: made by \`make lock\`."; \
 		printf 'hatchling==1.33.0\ngrpcio-tools==1.74.0\n' | $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -) > requirements/build.txt
 	$(UV) export --quiet --no-header --no-annotate --group dev -o requirements/dev.txt >/dev/null
 	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
+
+	cargo update --quiet
+	sed 's/^source = .*/source/' Cargo.lock > requirements/cargo.lock
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .cache build dist target .mypy_cache .ruff_cache .pytest_cache proto/python
