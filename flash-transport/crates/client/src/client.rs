@@ -338,7 +338,9 @@ async fn connect(inner: Arc<Inner>) -> Result<Arc<Link>, Error> {
             sleep(ADDRESS_STAGGER * index as u32).await;
             let hello = Hello { token: inner.options.token.clone() };
             let name = inner.options.server_name.as_deref().unwrap_or(&inner.options.host);
-            let link = Link::open(inner.config.clone(), address, name, Arc::clone(&inner.server), hello, early);
+            let server = Arc::clone(&inner.server);
+            let max_answer_bytes = inner.options.max_answer_bytes;
+            let link = Link::open(inner.config.clone(), address, name, server, hello, early, max_answer_bytes);
             link.await.map(|link| (address, Arc::new(link)))
         });
     }

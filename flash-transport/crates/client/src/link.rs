@@ -1,17 +1,21 @@
 //! One connection.
 
+use std::collections::HashMap;
+use std::future::pending;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use openpi_flash_quic::stream::{ReadFault, WriteFault, read_frame, write_frame};
+use openpi_flash_fec::Limits;
+use openpi_flash_quic::messages::{Delivery, MAX_AGE, Messages};
+use openpi_flash_quic::stream::{ReadFault, read_frame, write_frame};
 use openpi_flash_quic::{code, socket};
-use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response};
+use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response, encode};
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream,
     TokioRuntime, WriteError,
 };
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::Error;
 
@@ -22,7 +26,12 @@ pub(crate) struct Link {
     server: Arc<str>,
     /// Whether the handshake is over; until then what is sent could be replayed by somebody on the way.
     confirmed: watch::Receiver<bool>,
+    messages: Messages,
+    answers: Answers,
 }
+
+/// Answers that may come as messages, by their requests' streams.
+type Answers = Arc<Mutex<HashMap<u32, oneshot::Sender<Bytes>>>>;
 
 /// Why a request on a link has no answer.
 pub(crate) enum Fault {
@@ -44,6 +53,7 @@ impl Link {
         server: Arc<str>,
         hello: Hello,
         early: bool,
+        max_answer_bytes: usize,
     ) -> Result<Self, Error> {
         let invalid = |reason: String| Error::Unavailable { server: server.to_string(), reason };
         let socket = bind(address).map_err(|error| invalid(error.to_string()))?;
@@ -65,16 +75,29 @@ impl Link {
                 greet(&connection, &hello).await.map_err(lost)?;
                 let again = connection.clone();
                 tokio::spawn(async move {
-                    // The server takes no early data, after a restart for example: all of it has to be sent again.
-                    if !accepted.await && greet(&again, &hello).await.is_err() {
-                        return;
+                    if accepted.await {
+                        confirm.send_replace(true);
+                    } else {
+                        // The server takes no early data, after a restart for example. What is queued of it could mix
+                        // with what is sent again, so that a new connection is begun.
+                        again.close(code(CloseCode::Done), b"no early data");
                     }
-                    confirm.send_replace(true);
                 });
                 connection
             }
         };
-        Ok(Self { connection, endpoint, server, confirmed })
+        let limits = Limits {
+            message_length: openpi_flash_fec::MAX_MESSAGE_LENGTH.min(max_answer_bytes),
+            age: MAX_AGE,
+            ..Limits::default()
+        };
+        let messages = Messages::new(connection.clone(), limits);
+        let answers = Answers::default();
+        tokio::spawn({
+            let (messages, answers) = (messages.clone(), Arc::clone(&answers));
+            async move { messages.run(|_| true, |id, answer| take(&answers, id, answer)).await }
+        });
+        Ok(Self { connection, endpoint, server, confirmed, messages, answers })
     }
 
     /// Resolves when the handshake is over, or the connection.
@@ -93,28 +116,63 @@ impl Link {
             self.confirmed().await; // an old one that is replayed would forget what the session has gathered since
         }
         let (send, receive) = self.connection.open_bi().await.map_err(|error| self.lost(&error))?;
-        let mut streams = Streams { send, receive };
-        match write_frame(&mut streams.send, request, body).await {
-            Ok(()) => {}
-            Err(WriteFault::Wire(error)) => return Err(Fault::Final(Error::Invalid(error.to_string()))),
-            Err(WriteFault::Stream(WriteError::Stopped(code))) => {
-                if known(code) == Some(CloseCode::Reconnect) {
-                    return Err(self.untouched().await);
-                } // or else the request was answered before its end
+        let id = send.id().index() as u32;
+        let (answer, answered) = oneshot::channel();
+        lock(&self.answers).insert(id, answer);
+        let mut exchange = Exchange { link: self, id, send, receive };
+        let Exchange { send, receive, .. } = &mut exchange;
+        let head = encode(request).map_err(|error| Fault::Final(Error::Invalid(error.to_string())))?;
+        let sent = async {
+            let message = [&*head, &*body].concat().into();
+            self.wrote(send.write_chunk(head).await).await?;
+            if self.messages.send(id, message).await == Delivery::UseStream {
+                self.wrote(send.write_chunk(body).await).await?;
+                let _ = send.finish(); // it fails for a stream that is reset, which the answer will tell
             }
-            Err(WriteFault::Stream(WriteError::ZeroRttRejected)) => return Err(self.rejected().await),
-            Err(WriteFault::Stream(WriteError::ConnectionLost(error))) => return Err(self.lost(&error)),
-            Err(WriteFault::Stream(error @ WriteError::ClosedStream)) => return Err(self.broken(&error.to_string())),
+            Ok(())
+        };
+        let failed = async {
+            match sent.await {
+                Ok(()) => pending().await,
+                Err(fault) => fault,
+            }
+        };
+        tokio::select! {
+            biased;
+            Ok(answer) = answered => Frame::from_bytes(answer, max_bytes)
+                .map_err(|error| self.broken(&format!("the server's answer: {error}"))),
+            frame = read_frame::<Response>(receive, max_bytes) => match frame {
+                Ok(frame) => Ok(frame),
+                Err(fault) => Err(self.unread(fault).await),
+            },
+            fault = failed => Err(fault),
         }
-        match read_frame::<Response>(&mut streams.receive, max_bytes).await {
-            Ok(frame) => Ok(frame),
-            Err(ReadFault::Stream(ReadError::Reset(code))) => Err(match known(code) {
-                Some(CloseCode::Reconnect) => self.untouched().await,
-                _ => self.broken(&format!("the server gave the answer up (code {code})")),
-            }),
-            Err(ReadFault::Stream(ReadError::ZeroRttRejected)) => Err(self.rejected().await),
-            Err(ReadFault::Stream(ReadError::ConnectionLost(error))) => Err(self.lost(&error)),
-            Err(error) => Err(self.broken(&format!("the server's answer: {error}"))),
+    }
+
+    /// Why a part of a request was not written, where that matters.
+    async fn wrote(&self, written: Result<(), WriteError>) -> Result<(), Fault> {
+        match written {
+            Ok(()) => Ok(()),
+            Err(WriteError::Stopped(code)) if known(code) == Some(CloseCode::Reconnect) => Err(self.untouched().await),
+            Err(WriteError::Stopped(_)) => Ok(()), // it was answered before its end
+            Err(WriteError::ZeroRttRejected) => Err(self.untouched().await),
+            Err(WriteError::ConnectionLost(error)) => Err(self.lost(&error)),
+            Err(error @ WriteError::ClosedStream) => Err(self.broken(&error.to_string())),
+        }
+    }
+
+    /// Why an answer was not read.
+    async fn unread(&self, fault: ReadFault) -> Fault {
+        match fault {
+            ReadFault::Stream(ReadError::Reset(code)) if known(code) == Some(CloseCode::Reconnect) => {
+                self.untouched().await
+            }
+            ReadFault::Stream(ReadError::Reset(code)) => {
+                self.broken(&format!("the server gave the answer up (code {code})"))
+            }
+            ReadFault::Stream(ReadError::ZeroRttRejected) => self.untouched().await,
+            ReadFault::Stream(ReadError::ConnectionLost(error)) => self.lost(&error),
+            fault => self.broken(&format!("the server's answer: {fault}")),
         }
     }
 
@@ -134,6 +192,9 @@ impl Link {
     }
 
     fn lost(&self, error: &ConnectionError) -> Fault {
+        if !self.is_confirmed() && *error == ConnectionError::LocallyClosed {
+            return Fault::Untouched; // no early data was taken
+        }
         let error = Error::from_connection(&self.server, error);
         if error.is_passing() { Fault::Lost(error) } else { Fault::Final(error) }
     }
@@ -142,30 +203,40 @@ impl Link {
         Fault::Lost(Error::Unavailable { server: self.server.to_string(), reason: reason.to_owned() })
     }
 
-    /// The server takes no more on this connection, which it ends once it has answered what it took.
+    /// No request is taken on this connection any more, which ends once what was taken is answered.
     async fn untouched(&self) -> Fault {
         self.connection.closed().await;
         Fault::Untouched
     }
+}
 
-    /// The server takes no early data: once the handshake is over the same connection takes the request.
-    async fn rejected(&self) -> Fault {
-        self.confirmed().await;
-        Fault::Untouched
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.close(); // the task that takes in messages would keep it
     }
 }
 
-/// The two halves of a request's stream; dropped before the answer is there, it cancels the request.
-struct Streams {
+/// A request on its way; dropped before the answer is there, it cancels the request.
+struct Exchange<'a> {
+    link: &'a Link,
+    id: u32,
     send: SendStream,
     receive: RecvStream,
 }
 
-impl Drop for Streams {
+impl Drop for Exchange<'_> {
     fn drop(&mut self) {
+        lock(&self.link.answers).remove(&self.id);
+        self.link.messages.forget(self.id);
         // Without effect on a stream that is finished and acknowledged, or read to its end.
         let _ = self.receive.stop(code(CloseCode::Cancelled));
         let _ = self.send.reset(code(CloseCode::Cancelled));
+    }
+}
+
+fn take(answers: &Answers, id: u32, answer: Bytes) {
+    if let Some(waiting) = lock(answers).remove(&id) {
+        let _ = waiting.send(answer);
     }
 }
 
@@ -185,4 +256,8 @@ fn bind(peer: SocketAddr) -> std::io::Result<std::net::UdpSocket> {
 
 fn known(code: quinn::VarInt) -> Option<CloseCode> {
     CloseCode::from_code(code.into_inner())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,24 +1,29 @@
 //! One client: its hello, then its requests, each in a task of its own.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::Shared;
+use openpi_flash_fec::{Limits as MessageLimits, MAX_MESSAGE_LENGTH};
 use openpi_flash_quic::code;
-use openpi_flash_quic::stream::{ReadFault, read_frame, read_some, write_frame};
-use openpi_flash_wire::{CloseCode, Code, Decoder, Frame, Hello, Method, Refusal, Request, Response};
-use prometheus_client::metrics::gauge::Gauge;
+use openpi_flash_quic::messages::{MAX_AGE, Messages};
+use openpi_flash_quic::stream::read_frame;
+use openpi_flash_wire::{CloseCode, Hello};
 use quinn::{Connection, RecvStream, SendStream, ZeroRttAccepted};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
 
-use crate::limits::{Budget, Held, Place};
-use crate::metrics::{MethodLabels, Metrics, RequestLabels, SlotLabels};
+use crate::limits::{Budget, Place};
+use crate::metrics::{Metrics, SlotLabels};
+use crate::request::{Arrival, answer};
 use crate::upstream::Upstream;
 use crate::{Limits, Timeouts, Tokens};
+
+/// Messages that have arrived and not been looked at yet.
+const MESSAGE_QUEUE: usize = 256;
 
 /// What the connections of one port share.
 pub(crate) struct Context {
@@ -34,17 +39,15 @@ pub(crate) struct Context {
 }
 
 /// One client.
-struct Client {
-    context: Arc<Context>,
+pub(crate) struct Client {
+    pub context: Arc<Context>,
     /// Of requests that name none.
-    session: String,
-    bytes: Arc<Budget>,
+    pub session: String,
+    pub bytes: Arc<Budget>,
     /// Whether the peer has finished its handshake; before, what it says may be a replay.
-    confirmed: Shared<ZeroRttAccepted>,
+    pub confirmed: Shared<ZeroRttAccepted>,
+    pub messages: Messages,
 }
-
-/// A request that cannot be answered otherwise than by ending its stream.
-struct Gone;
 
 /// Serves a connection until it ends, or until the edge drains and what is in flight is answered.
 pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepted: ZeroRttAccepted, mut place: Place) {
@@ -65,6 +68,7 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
         session: format!("quic-{:016x}", fastrand::u64(..)),
         bytes: Budget::new(context.limits.connection_bytes),
         confirmed: accepted.shared(),
+        messages: Messages::new(connection.clone(), message_limits(&context)),
         context: Arc::clone(&context),
     });
     answer_requests(&client, &connection).await;
@@ -96,180 +100,121 @@ async fn greet(context: &Context, connection: &Connection) -> Result<(), (CloseC
     }
 }
 
+/// Answers what comes, until the connection ends; what is not answered then ends with it, and so does the gateway's work.
 async fn answer_requests(client: &Arc<Client>, connection: &Connection) {
     let mut draining = client.context.draining.clone();
-    let mut requests = JoinSet::new();
-    let mut refusing = false;
+    let (mut total, mut own) = (client.context.bytes.hold(), client.bytes.hold());
+    let (arrived, mut messages) = mpsc::channel(MESSAGE_QUEUE);
+    let taking_messages = client.messages.run(
+        move |bytes| total.set(bytes) && own.set(bytes),
+        |id, message| {
+            if arrived.try_send((id, message)).is_err() {
+                connection.close(code(CloseCode::Limit), b"more messages than streams");
+            }
+        },
+    );
+    tokio::pin!(taking_messages);
+    let mut requests = Requests { client, refusing: false, open: HashMap::new(), tasks: JoinSet::new() };
     loop {
         tokio::select! {
+            () = &mut taking_messages => return,
             stream = connection.accept_bi() => match stream {
-                Ok((mut send, mut receive)) if refusing => {
-                    let _ = receive.stop(code(CloseCode::Reconnect));
-                    let _ = send.reset(code(CloseCode::Reconnect));
-                }
-                Ok((send, receive)) => {
-                    requests.spawn(answer(Arc::clone(client), send, receive));
-                }
-                Err(_) => return, // the requests end with their set, and with them the gateway's work
+                Ok((send, receive)) => requests.on_stream(send, receive),
+                Err(_) => return,
             },
-            Some(_) = requests.join_next() => {}
-            _ = draining.wait_for(|draining| *draining), if !refusing => refusing = true,
+            Some((id, message)) = messages.recv() => requests.on_message(id, message),
+            Some(answered) = requests.tasks.join_next() => requests.on_answered(answered.ok()),
+            _ = draining.wait_for(|draining| *draining), if !requests.refusing => requests.refusing = true,
         }
-        if refusing && requests.is_empty() {
+        if requests.open.len() > 2 * client.context.limits.streams as usize {
+            connection.close(code(CloseCode::Limit), b"more requests than streams");
+            return;
+        }
+        if requests.refusing && requests.tasks.is_empty() {
             connection.close(code(CloseCode::Reconnect), b"the server is stopping");
             return;
         }
     }
 }
 
-/// Answers one request, unless it is given up.
-async fn answer(client: Arc<Client>, mut send: SendStream, mut receive: RecvStream) {
-    let context = &client.context;
-    let given_up = send.stopped();
-    if receive.is_0rtt() {
-        context.metrics.early_requests.get_or_create(&SlotLabels { slot: context.slot }).inc();
-    }
-    let work = async {
-        let mut held = (context.bytes.hold(), client.bytes.hold());
-        let started = Instant::now();
-        let (method, result, since) = match read_request(&client, &mut receive, &mut held).await {
-            Ok((frame, by)) => {
-                let since = Instant::now();
-                let labels = MethodLabels { slot: context.slot, method: frame.header.method.name() };
-                context.metrics.receive_seconds.get_or_create(&labels).observe((since - started).as_secs_f64());
-                (frame.header.method.name(), ask(&client, frame, by).await, since)
-            }
-            Err(Some(refusal)) => ("", Err(refusal), Instant::now()),
-            Err(None) => return Err(Gone),
-        };
-        drop(held);
-        let took = since.elapsed();
-        if !method.is_empty() {
-            let labels = MethodLabels { slot: context.slot, method };
-            context.metrics.seconds.get_or_create(&labels).observe(took.as_secs_f64());
-        }
-        Ok((method, result, took))
-    };
-    let outcome = tokio::select! {
-        outcome = work => outcome,
-        _ = given_up => Err(Gone),
-    };
-    let count = |method, code| {
-        context.metrics.requests.get_or_create(&RequestLabels { slot: context.slot, method, code }).inc();
-    };
-    match outcome {
-        Err(Gone) => {
-            count("", Code::Cancelled.name());
-            let _ = receive.stop(code(CloseCode::Cancelled));
-            let _ = send.reset(code(CloseCode::Cancelled));
-        }
-        Ok((method, result, took)) => {
-            count(method, result.as_ref().map_or_else(|refusal| refusal.code.name(), |_| "OK"));
-            let _ = receive.stop(code(CloseCode::Done)); // of a request that was refused before its end
-            respond(context, &mut send, result, took).await;
-        }
+fn message_limits(context: &Context) -> MessageLimits {
+    MessageLimits {
+        message_length: MAX_MESSAGE_LENGTH.min(context.limits.body_bytes),
+        age: MAX_AGE,
+        ..MessageLimits::default()
     }
 }
 
-/// Reads a request; what it holds of the two budgets grows with what has arrived. The error is a refusal, or nothing
-/// when the peer is gone.
-async fn read_request(
-    client: &Client,
-    receive: &mut RecvStream,
-    (total, own): &mut (Held, Held),
-) -> Result<(Frame<Request>, Instant), Option<Refusal>> {
-    let context = &client.context;
-    let arrived = Instant::now();
-    let mut decoder = Decoder::<Request>::new(context.limits.body_bytes);
-    let mut by = arrived + context.timeouts.request;
-    let mut read_by = arrived + context.timeouts.transfer;
-    loop {
-        match timeout_at(read_by, read_some(receive, &mut decoder)).await {
-            Ok(Ok(Some(bytes))) => {
-                if !total.grow(bytes) || !own.grow(bytes) {
-                    let message = "too many bytes of requests are in flight";
-                    return Err(Some(Refusal::new(Code::ResourceExhausted, message)));
-                }
-            }
-            Ok(Ok(None)) => break,
-            Ok(Err(ReadFault::Wire(error))) => {
-                return Err(Some(Refusal::new(Code::InvalidArgument, error.to_string())));
-            }
-            Ok(Err(ReadFault::Stream(_))) => return Err(None),
-            Err(_) => {
-                let message = "the request did not arrive in time";
-                return Err(Some(Refusal::new(Code::DeadlineExceeded, message)));
-            }
+/// The requests of a connection. One begins with its stream or with its message of datagrams, whichever comes first.
+struct Requests<'a> {
+    client: &'a Arc<Client>,
+    refusing: bool,
+    /// By the index of the stream, until the request is answered and its stream has come.
+    open: HashMap<u32, Open>,
+    tasks: JoinSet<u32>,
+}
+
+/// What has not come yet of a request, and whether it is answered all the same.
+struct Open {
+    stream: Option<oneshot::Sender<(SendStream, RecvStream)>>,
+    message: Option<oneshot::Sender<Bytes>>,
+    answered: bool,
+}
+
+impl Requests<'_> {
+    fn on_stream(&mut self, mut send: SendStream, mut receive: RecvStream) {
+        let id = send.id().index() as u32;
+        if self.refusing && !self.open.contains_key(&id) {
+            let _ = receive.stop(code(CloseCode::Reconnect));
+            let _ = send.reset(code(CloseCode::Reconnect));
+            return;
         }
-        if let Some(header) = decoder.header()
-            && header.timeout_ms > 0
+        if receive.is_0rtt() {
+            let labels = SlotLabels { slot: self.client.context.slot };
+            self.client.context.metrics.early_requests.get_or_create(&labels).inc();
+        }
+        if let Some(slot) = self.open(id).stream.take()
+            && let Err((mut send, mut receive)) = slot.send((send, receive))
         {
-            by = by.min(arrived + Duration::from_millis(header.timeout_ms.into()));
-            read_by = read_by.min(by);
+            let _ = receive.stop(code(CloseCode::Done)); // its message is answered already
+            let _ = send.reset(code(CloseCode::Done));
+        }
+        self.tidy(id);
+    }
+
+    fn on_message(&mut self, id: u32, message: Bytes) {
+        if self.refusing && !self.open.contains_key(&id) {
+            return; // its stream tells the client
+        }
+        if let Some(slot) = self.open(id).message.take() {
+            let _ = slot.send(message); // or else it had come over its stream
         }
     }
-    match decoder.finish() {
-        Ok(frame) => Ok((frame, by)),
-        Err(error) => Err(Some(Refusal::new(Code::InvalidArgument, error.to_string()))),
-    }
-}
 
-/// Has the gateway answer.
-async fn ask(client: &Client, frame: Frame<Request>, by: Instant) -> Result<Bytes, Refusal> {
-    let context = &client.context;
-    let labels = SlotLabels { slot: context.slot };
-    context.metrics.received_bytes.get_or_create(&labels).inc_by(frame.body.len() as u64);
-    if frame.header.method != Method::Infer {
-        client.confirmed.clone().await; // an inference may be replayed, nothing else
-    }
-    let mut request = context.requests.hold();
-    if !request.grow(1) {
-        let message = format!("{} requests are in flight already; try again later", context.limits.requests);
-        return Err(Refusal::new(Code::ResourceExhausted, message));
-    }
-    let _in_flight = InFlight::new(context.metrics.in_flight.get_or_create(&labels).clone());
-    let session = if frame.header.session.is_empty() { &client.session } else { &frame.header.session };
-    let answer = context.upstream.call(&frame.header, frame.body, session, by).await;
-    match answer {
-        Ok(body) if body.len() > context.limits.body_bytes => {
-            Err(Refusal::new(Code::Internal, format!("an answer of {} bytes is too large to be sent", body.len())))
+    fn on_answered(&mut self, id: Option<u32>) {
+        if let Some((id, open)) = id.and_then(|id| Some((id, self.open.get_mut(&id)?))) {
+            open.answered = true;
+            self.tidy(id);
         }
-        answer => answer,
     }
-}
 
-/// A request that the gateway is asked, counted until this is dropped.
-struct InFlight(Gauge);
-
-impl InFlight {
-    fn new(gauge: Gauge) -> Self {
-        gauge.inc();
-        Self(gauge)
+    fn open(&mut self, id: u32) -> &mut Open {
+        self.open.entry(id).or_insert_with(|| {
+            let (stream, coming_stream) = oneshot::channel();
+            let (message, coming_message) = oneshot::channel();
+            let client = Arc::clone(self.client);
+            let arrival = Arrival::new(id, coming_stream, coming_message);
+            self.tasks.spawn(async move {
+                answer(&client, arrival).await;
+                id
+            });
+            Open { stream: Some(stream), message: Some(message), answered: false }
+        })
     }
-}
 
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
-}
-
-/// Sends the answer and waits until it is there, so that a drain does not cut it off.
-async fn respond(context: &Context, send: &mut SendStream, result: Result<Bytes, Refusal>, took: Duration) {
-    let (refusal, body) = match result {
-        Ok(body) => (None, body),
-        Err(refusal) => (Some(refusal), Bytes::new()),
-    };
-    let labels = SlotLabels { slot: context.slot };
-    context.metrics.sent_bytes.get_or_create(&labels).inc_by(body.len() as u64);
-    let server_us = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
-    let header = Response { refusal, server_us, body_length: body.len() as u32 };
-    let sent = async {
-        if write_frame(send, &header, body).await.is_ok() {
-            let _ = send.stopped().await;
+    fn tidy(&mut self, id: u32) {
+        if self.open.get(&id).is_some_and(|open| open.answered && open.stream.is_none()) {
+            self.open.remove(&id);
         }
-    };
-    if timeout(context.timeouts.transfer, sent).await.is_err() {
-        let _ = send.reset(code(CloseCode::Limit)); // a client that does not take its answer
     }
 }

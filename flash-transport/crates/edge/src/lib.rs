@@ -7,6 +7,7 @@ mod connection;
 mod identity;
 mod limits;
 mod metrics;
+mod request;
 mod server;
 mod settings;
 mod upstream;

@@ -186,6 +186,15 @@ impl Held {
         self.amount += if grown.is_ok() { amount } else { 0 };
         grown.is_ok()
     }
+
+    /// Takes or gives back what makes it `amount`; false, and nothing changed, where that would exceed the limit.
+    #[must_use]
+    pub fn set(&mut self, amount: usize) -> bool {
+        let surplus = self.amount.saturating_sub(amount);
+        self.budget.used.fetch_sub(surplus, Ordering::Relaxed);
+        self.amount -= surplus;
+        self.grow(amount - self.amount)
+    }
 }
 
 impl Drop for Held {
@@ -261,6 +270,8 @@ mod tests {
         drop(one);
         assert!(other.grow(7));
         assert!(!other.grow(usize::MAX));
+        assert!(!other.set(11) && other.set(10) && other.set(3));
+        assert_eq!(budget.used.load(Ordering::Relaxed), 3);
         drop(other);
         assert_eq!(budget.used.load(Ordering::Relaxed), 0);
     }

@@ -26,6 +26,7 @@ pub struct Metrics {
     draining: AtomicBool,
     pub(crate) requests: Family<RequestLabels, Counter>,
     pub(crate) early_requests: Family<SlotLabels, Counter>,
+    pub(crate) transfers: Family<TransferLabels, Counter>,
     pub(crate) seconds: Family<MethodLabels, Histogram>,
     pub(crate) receive_seconds: Family<MethodLabels, Histogram>,
     pub(crate) in_flight: Family<SlotLabels, Gauge>,
@@ -61,6 +62,13 @@ pub(crate) struct HandshakeLabels {
     pub result: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct TransferLabels {
+    pub slot: &'static str,
+    pub direction: &'static str,
+    pub path: &'static str,
+}
+
 impl Metrics {
     pub(crate) fn new() -> Arc<Self> {
         let histogram = || Histogram::new(BUCKETS);
@@ -69,6 +77,7 @@ impl Metrics {
             draining: AtomicBool::new(false),
             requests: Family::default(),
             early_requests: Family::default(),
+            transfers: Family::default(),
             seconds: Family::new_with_constructor(histogram),
             receive_seconds: Family::new_with_constructor(histogram),
             in_flight: Family::default(),
@@ -83,6 +92,8 @@ impl Metrics {
         registry.register("requests", "Requests answered, by gRPC status", metrics.requests.clone());
         let help = "Requests that came at 0-RTT, with the first packet of a connection";
         registry.register("early_requests", help, metrics.early_requests.clone());
+        let help = "Requests (in) and answers (out), by what carried them: datagrams with error correction, or a stream";
+        registry.register("transfers", help, metrics.transfers.clone());
         let help = "From a request's last byte to its answer";
         registry.register_with_unit("request", help, Unit::Seconds, metrics.seconds.clone());
         let help = "From a request's first byte to its last";

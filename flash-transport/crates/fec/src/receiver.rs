@@ -103,8 +103,7 @@ impl Receiver {
             return Ok(last.then(|| Event::Feedback(feedback(id, Report::default(), verdict.clone()))));
         }
         if !self.open.contains_key(&id) && !self.open(now, symbol) {
-            self.finish(id, Verdict::Abandoned);
-            return Ok(Some(Event::Feedback(feedback(id, Report::default(), Verdict::Abandoned))));
+            return Ok(Some(Event::Feedback(self.abandon(id))));
         }
         let Some(incoming) = self.open.get_mut(&id) else { return Ok(None) };
         if incoming.layout != symbol.layout || incoming.flight != symbol.flight {
@@ -125,6 +124,17 @@ impl Receiver {
         let Some(incoming) = self.finish(id, Verdict::Done) else { return Ok(None) };
         let feedback = feedback(id, incoming.report(), Verdict::Done);
         Ok(Some(Event::Complete { message: id, body: incoming.into_body()?, feedback }))
+    }
+
+    /// Bytes that the open messages hold: what has arrived of them, and a little for each symbol that is expected.
+    pub fn held(&self) -> usize {
+        self.open.values().map(|incoming| incoming.held).sum()
+    }
+
+    /// Leaves a message to the stream: the datagram that tells the peer.
+    pub fn abandon(&mut self, message: u32) -> Bytes {
+        self.finish(message, Verdict::Abandoned);
+        feedback(message, Report::default(), Verdict::Abandoned)
     }
 
     /// Forgets a message, which came over the stream or is no longer wanted, and ignores its symbols from here on.
@@ -207,6 +217,7 @@ struct Incoming {
     lacks: Vec<usize>,
     /// Blocks that want any.
     incomplete: usize,
+    held: usize,
     last_arrival: Option<Instant>,
     ask_at: Instant,
     expires_at: Instant,
@@ -226,6 +237,7 @@ impl Incoming {
             repairs: Vec::new(),
             lacks: (0..layout.blocks).map(|block| layout.block_sources(block)).collect(),
             incomplete: layout.blocks,
+            held: layout.symbols(),
             last_arrival: None,
             ask_at,
             expires_at,
@@ -239,6 +251,7 @@ impl Incoming {
         if std::mem::replace(&mut self.have[symbol.position], true) {
             return false;
         }
+        self.held += symbol.data.len();
         let (block, _) = self.layout.symbol(symbol.position);
         let lack = &mut self.lacks[block];
         if symbol.position < self.layout.sources {

@@ -1,5 +1,6 @@
-//! What both ends of the QUIC transport share: TLS, tuning, sockets, and frames on streams.
+//! What both ends of the QUIC transport share: TLS, tuning, sockets, frames on streams and messages in datagrams.
 
+pub mod messages;
 pub mod socket;
 pub mod stream;
 pub mod tls;

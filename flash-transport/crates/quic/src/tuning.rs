@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::{ControllerFactory, CubicConfig};
+use openpi_flash_congestion::BurstConfig;
+use quinn::congestion::ControllerFactory;
 use quinn::{AckFrequencyConfig, TransportConfig, VarInt};
 
 /// Makes a congestion controller for each connection.
@@ -17,11 +18,12 @@ const INITIAL_RTT: Duration = Duration::from_millis(25);
 /// Longest that a receiver holds an acknowledgement back.
 const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
 
-/// A first window that holds half an observation or a whole compressed one.
-const INITIAL_WINDOW: u64 = 256 << 10;
+/// Datagrams that wait to be read, in bytes; what is beyond is dropped.
+const DATAGRAM_RECEIVE_BUFFER: usize = 2 << 20;
 
-/// Datagrams that wait to be sent or read, in bytes; what is beyond is dropped.
-const DATAGRAM_BUFFER: usize = 8 << 20;
+/// Datagrams that wait to be sent, in bytes; what is beyond has to wait. Little, so that messages take turns and one that
+/// is given up leaves nothing behind.
+pub(crate) const DATAGRAM_SEND_BUFFER: usize = 64 << 10;
 
 /// What of the transport can be set. The defaults are those of a robot's end.
 #[derive(Clone)]
@@ -42,15 +44,13 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        let mut cubic = CubicConfig::default();
-        cubic.initial_window(INITIAL_WINDOW);
         Self {
             keep_alive: Some(Duration::from_millis(300)),
             idle_timeout: Duration::from_secs(1),
             stream_window: 4 << 20,
             connection_window: 8 << 20,
             streams: (0, 0),
-            congestion: Arc::new(cubic),
+            congestion: Arc::new(BurstConfig::default()),
         }
     }
 }
@@ -80,8 +80,8 @@ impl Tuning {
             .receive_window(self.connection_window.into())
             .max_concurrent_bidi_streams(self.streams.0.into())
             .max_concurrent_uni_streams(self.streams.1.into())
-            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
-            .datagram_send_buffer_size(DATAGRAM_BUFFER)
+            .datagram_receive_buffer_size(Some(DATAGRAM_RECEIVE_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_SEND_BUFFER)
             .congestion_controller_factory(Arc::clone(&self.congestion));
         config
     }

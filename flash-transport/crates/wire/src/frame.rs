@@ -1,5 +1,7 @@
 //! One frame of a stream, decoded as its bytes arrive.
 
+use std::cmp::Ordering;
+
 use bytes::{Bytes, BytesMut};
 
 use crate::{Header, WireError};
@@ -24,6 +26,22 @@ pub fn encode<H: Header>(header: &H) -> Result<Bytes, WireError> {
     let mut out = BytesMut::with_capacity(256);
     header.write(&mut out)?;
     Ok(out.freeze())
+}
+
+impl<H: Header> Frame<H> {
+    /// Reads a frame that is whole. The body is not copied.
+    pub fn from_bytes(bytes: Bytes, max_body_length: usize) -> Result<Self, WireError> {
+        let fixed = bytes.get(..H::FIXED).ok_or(WireError::Truncated)?;
+        let header_length = H::length(fixed)?;
+        let header = H::parse(bytes.get(..header_length).ok_or(WireError::Truncated)?)?;
+        check_body(&header, max_body_length)?;
+        let body = bytes.slice(header_length..);
+        match body.len().cmp(&header.body_length()) {
+            Ordering::Less => Err(WireError::Truncated),
+            Ordering::Equal => Ok(Self { header, body }),
+            Ordering::Greater => Err(WireError::Trailing),
+        }
+    }
 }
 
 /// Reads the one frame of a stream from pieces of any size.
@@ -61,10 +79,7 @@ impl<H: Header> Decoder<H> {
                 continue;
             }
             let header = H::parse(&self.buffer)?;
-            if header.body_length() > self.max_body_length {
-                let (length, limit) = (header.body_length(), self.max_body_length);
-                return Err(WireError::TooLong { field: "body", length, limit });
-            }
+            check_body(&header, self.max_body_length)?;
             self.buffer = BytesMut::with_capacity(header.body_length().min(FIRST_RESERVATION));
             self.header = Some(header);
         }
@@ -92,4 +107,9 @@ impl<H: Header> Decoder<H> {
             _ => Err(WireError::Truncated),
         }
     }
+}
+
+fn check_body(header: &impl Header, limit: usize) -> Result<(), WireError> {
+    let length = header.body_length();
+    if length > limit { Err(WireError::TooLong { field: "body", length, limit }) } else { Ok(()) }
 }

@@ -5,6 +5,10 @@
 //! serialized protobuf message of `proto/openpi_flash/v1`. What leads to a server's gRPC stream and back is in
 //! [`envelope`].
 //!
+//! A frame may also come as a message of datagrams with error correction, whose id is the index of the frame's stream.
+//! Then the stream of a request carries the header alone, which opens it, and the body only where the datagrams fail;
+//! whichever of the two is whole first counts.
+//!
 //! Every length is capped before anything is allocated for it, and memory grows with what has arrived, never with what
 //! was announced.
 
