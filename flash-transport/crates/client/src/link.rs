@@ -9,11 +9,11 @@ use bytes::Bytes;
 use openpi_flash_fec::Limits;
 use openpi_flash_quic::messages::{Delivery, MAX_AGE, Messages};
 use openpi_flash_quic::stream::{ReadFault, read_frame, write_frame};
-use openpi_flash_quic::{code, socket};
+use openpi_flash_quic::{ExactRuntime, code, socket};
 use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response, encode};
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream,
-    TokioRuntime, WriteError,
+    WriteError,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -57,7 +57,7 @@ impl Link {
     ) -> Result<Self, Error> {
         let invalid = |reason: String| Error::Unavailable { server: server.to_string(), reason };
         let socket = bind(address).map_err(|error| invalid(error.to_string()))?;
-        let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, Arc::new(TokioRuntime))
+        let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, Arc::new(ExactRuntime))
             .map_err(|error| invalid(error.to_string()))?;
         let connecting = endpoint
             .connect_with(config, address, server_name)

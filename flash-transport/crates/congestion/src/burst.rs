@@ -5,14 +5,14 @@
 //! ```
 //!
 //! - **A sample** is a run of packets sent in one burst, closed when all of it is accounted for, at the latest after a
-//!   round trip of acknowledgements. Its rate is the smaller of what was sent and what was acknowledged per time, so that
-//!   neither a burst into a buffer nor acknowledgements that arrive bunched look like a fast link.
+//!   round trip of acknowledgements. It has a rate at which it was sent and one at which it was acknowledged.
 //! - **base** is the round trip of a burst's first packets: the link and whatever queue others keep there. What a burst's
 //!   last packets took longer is a queue that the burst itself built. Measured against the least round trip ever seen
 //!   instead, a competitor's queue would look like ours, and our share would shrink to nothing.
-//! - **rate** rises to any sample above it. It falls to a sample that was offered as much as the rate and met a queue of
-//!   its own making, heavy losses or congestion marks, for that is what the bottleneck carries. A burst that was merely
-//!   short or slow proves nothing and lowers nothing.
+//! - **rate** rises to any sample of which both rates are above it, so that neither a burst into a buffer nor
+//!   acknowledgements that arrive bunched look like a fast link. It falls to the acknowledged rate of a sample that was
+//!   offered as much as the rate and met a queue of its own making, heavy losses or congestion marks, for that is what
+//!   the bottleneck carries. A burst that was merely short or slow proves nothing and lowers nothing.
 //! - **gain** is 1.3: with quinn's 1.25, a burst is paced at 1.6 times the rate, so that a window too small for the link
 //!   grows by half with every round trip, and a burst into an idle link is limited by the link. Losses of more than 8%
 //!   take from the gain, down to 1, and every sample without them gives a little back: a buffer shorter than the
@@ -255,11 +255,11 @@ impl Burst {
         let limited = heavy || tally.marked || queues(self.first_round_trip, sample.round_trip);
 
         let sent_rate = sample.bytes as f64 / (sample.last_sent - sample.first_sent).as_secs_f64();
-        let rate = sent_rate.min(sample.bytes as f64 / acked_time);
-        if rate > self.rate {
-            self.rate = rate;
+        let acked_rate = sample.bytes as f64 / acked_time;
+        if sent_rate.min(acked_rate) > self.rate {
+            self.rate = sent_rate.min(acked_rate);
         } else if limited && sent_rate / (1.0 - loss) >= OFFERED_SHARE * self.rate {
-            self.rate = rate.max(MAX_FALL * self.rate);
+            self.rate = acked_rate.clamp(MAX_FALL * self.rate, self.rate);
         }
         let restraint = self.restraint * if heavy { BACKOFF } else { RECOVERY };
         self.restraint = restraint.clamp(MIN_RESTRAINT, 1.0);
