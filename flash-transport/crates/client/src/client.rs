@@ -8,16 +8,17 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use openpi_flash_quic::Tuning;
+use openpi_flash_quic::messages::warm_up;
 use openpi_flash_quic::tls::{Certified, Trust, client as tls_config};
 use openpi_flash_wire::envelope::reset_request;
-use openpi_flash_wire::{Hello, MAX_BODY_LENGTH, Method, Request};
+use openpi_flash_wire::{MAX_BODY_LENGTH, Method, Request};
 use quinn::ClientConfig;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::Error;
-use crate::link::{Fault, Link};
+use crate::link::{Fault, Link, Path};
 
 /// Head start of one of a host's addresses over the next.
 const ADDRESS_STAGGER: Duration = Duration::from_millis(100);
@@ -113,6 +114,8 @@ struct State {
     link: Option<Pending>,
     /// The one of the host's addresses that answered last.
     address: Option<SocketAddr>,
+    /// What the last connection has found the path to be like.
+    path: Option<Path>,
     closed: bool,
 }
 
@@ -123,6 +126,7 @@ impl Client {
     /// A client that connects in the background, and again whenever the connection is lost. Called within a tokio
     /// runtime.
     pub fn new(options: Options) -> Result<Self, Error> {
+        warm_up();
         let crypto = tls_config(&options.trust, options.certificate.as_ref())?;
         let mut config = ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(options.tuning.transport()));
@@ -134,10 +138,12 @@ impl Client {
         Ok(Self { inner })
     }
 
-    /// The same, once there is a connection.
+    /// The same, once there is a connection and it is known what it carries.
     pub async fn connect(options: Options) -> Result<Self, Error> {
         let client = Self::new(options)?;
-        client.inner.link().await?.confirmed().await;
+        let link = client.inner.link().await?;
+        link.confirmed().await;
+        link.explored().await;
         Ok(client)
     }
 
@@ -271,7 +277,9 @@ impl Inner {
         if let Some(link) = usable {
             return Ok(link.clone());
         }
-        let task = tokio::spawn(connect(Arc::clone(self)));
+        let last = state.link.as_ref().and_then(|link| link.peek()?.as_ref().ok());
+        state.path = last.and_then(|link| link.path()).or(state.path);
+        let task = tokio::spawn(connect(Arc::clone(self), state.path));
         let stopped = self.unavailable("the runtime is stopping".into());
         let link = task.map(|link| link.unwrap_or(Err(stopped))).boxed().shared();
         tokio::spawn(link.clone().map(drop)); // so that it is known to be made though nobody waits
@@ -325,7 +333,7 @@ async fn stay_connected(inner: Weak<Inner>) {
 }
 
 /// Connects to the address that answered last, or else to the host's first that answers.
-async fn connect(inner: Arc<Inner>) -> Result<Arc<Link>, Error> {
+async fn connect(inner: Arc<Inner>, path: Option<Path>) -> Result<Arc<Link>, Error> {
     let addresses = timeout(inner.options.connect_timeout, resolve(&inner)).await;
     let addresses = addresses.map_err(|_| inner.unavailable("its name was not resolved in time".into()))??;
     let known = inner.state.lock().unwrap_or_else(PoisonError::into_inner).address;
@@ -336,11 +344,8 @@ async fn connect(inner: Arc<Inner>) -> Result<Arc<Link>, Error> {
         let inner = Arc::clone(&inner);
         attempts.spawn(async move {
             sleep(ADDRESS_STAGGER * index as u32).await;
-            let hello = Hello { token: inner.options.token.clone() };
-            let name = inner.options.server_name.as_deref().unwrap_or(&inner.options.host);
             let server = Arc::clone(&inner.server);
-            let max_answer_bytes = inner.options.max_answer_bytes;
-            let link = Link::open(inner.config.clone(), address, name, server, hello, early, max_answer_bytes);
+            let link = Link::open(&inner.options, inner.config.clone(), address, server, early, path);
             link.await.map(|link| (address, Arc::new(link)))
         });
     }

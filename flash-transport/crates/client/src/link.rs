@@ -4,20 +4,21 @@ use std::collections::HashMap;
 use std::future::pending;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use openpi_flash_fec::Limits;
-use openpi_flash_quic::messages::{Delivery, MAX_AGE, Messages};
+use openpi_flash_congestion::{BurstConfig, measured_rate};
+use openpi_flash_quic::messages::{Delivery, Limits, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
 use openpi_flash_quic::stream::{ReadFault, read_frame, write_frame};
-use openpi_flash_quic::{ExactRuntime, code, socket};
+use openpi_flash_quic::{ExactRuntime, Tuning, code, socket};
 use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response, encode};
 use quinn::{
-    ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream,
-    WriteError,
+    ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream, WriteError,
 };
 use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
 
-use crate::Error;
+use crate::{Error, Options};
 
 /// A connection with a socket of its own, so that a new one begins from a new port.
 pub(crate) struct Link {
@@ -28,7 +29,23 @@ pub(crate) struct Link {
     confirmed: watch::Receiver<bool>,
     messages: Messages,
     answers: Answers,
+    /// Whether it is known what the path carries.
+    explored: watch::Receiver<bool>,
 }
+
+/// What a connection has found its path to be like.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Path {
+    /// Bytes per second.
+    rate: f64,
+    redundancy: Redundancy,
+}
+
+/// A request larger than this is not sent before it is known what the path carries.
+const LARGE: usize = 64 << 10;
+
+/// Longest that it waits for that.
+const EXPLORATION_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Answers that may come as messages, by their requests' streams.
 type Answers = Arc<Mutex<HashMap<u32, oneshot::Sender<Bytes>>>>;
@@ -45,16 +62,22 @@ pub(crate) enum Fault {
 
 impl Link {
     /// Begins a connection and says hello. Where an earlier one can be resumed and `early` is set, it is usable at
-    /// once, before anything came back.
+    /// once, before anything came back. `path` is what an earlier one has found.
     pub async fn open(
-        config: ClientConfig,
+        options: &Options,
+        mut config: ClientConfig,
         address: SocketAddr,
-        server_name: &str,
         server: Arc<str>,
-        hello: Hello,
         early: bool,
-        max_answer_bytes: usize,
+        path: Option<Path>,
     ) -> Result<Self, Error> {
+        if let Some(Path { rate, .. }) = path {
+            let known = BurstConfig { initial_rate: rate, max_initial_window: u64::MAX, ..BurstConfig::default() };
+            let tuning = Tuning { congestion: Arc::new(known), ..options.tuning.clone() };
+            config.transport_config(Arc::new(tuning.transport()));
+        }
+        let hello = Hello { token: options.token.clone() };
+        let server_name = options.server_name.as_deref().unwrap_or(&options.host);
         let invalid = |reason: String| Error::Unavailable { server: server.to_string(), reason };
         let socket = bind(address).map_err(|error| invalid(error.to_string()))?;
         let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, Arc::new(ExactRuntime))
@@ -87,17 +110,37 @@ impl Link {
             }
         };
         let limits = Limits {
-            message_length: openpi_flash_fec::MAX_MESSAGE_LENGTH.min(max_answer_bytes),
+            message_length: MAX_MESSAGE_LENGTH.min(options.max_answer_bytes),
             age: MAX_AGE,
             ..Limits::default()
         };
-        let messages = Messages::new(connection.clone(), limits);
+        let redundancy = path.map(|path| path.redundancy).unwrap_or_default();
+        let messages = Messages::new(connection.clone(), limits, redundancy);
         let answers = Answers::default();
         tokio::spawn({
             let (messages, answers) = (messages.clone(), Arc::clone(&answers));
             async move { messages.run(|_| true, |id, answer| take(&answers, id, answer)).await }
         });
-        Ok(Self { connection, endpoint, server, confirmed, messages, answers })
+        let (explore, explored) = watch::channel(path.is_some());
+        tokio::spawn({
+            let messages = messages.clone();
+            async move {
+                let _ = timeout(EXPLORATION_TIMEOUT, messages.probe()).await;
+                explore.send_replace(true);
+            }
+        });
+        Ok(Self { connection, endpoint, server, confirmed, messages, answers, explored })
+    }
+
+    /// Resolves when it is known what the path carries, or the time for that is over.
+    pub async fn explored(&self) {
+        let _ = self.explored.clone().wait_for(|explored| *explored).await;
+    }
+
+    /// What the connection has found its path to be like; nothing before a burst has shown it.
+    pub fn path(&self) -> Option<Path> {
+        let rate = measured_rate(self.connection.congestion_state())?;
+        Some(Path { rate, redundancy: self.messages.redundancy() })
     }
 
     /// Resolves when the handshake is over, or the connection.
@@ -114,6 +157,9 @@ impl Link {
     pub async fn request(&self, request: &Request, body: Bytes, max_bytes: usize) -> Result<Frame<Response>, Fault> {
         if request.method == Method::Reset {
             self.confirmed().await; // an old one that is replayed would forget what the session has gathered since
+        }
+        if body.len() > LARGE {
+            self.explored().await;
         }
         let (send, receive) = self.connection.open_bi().await.map_err(|error| self.lost(&error))?;
         let id = send.id().index() as u32;

@@ -48,7 +48,7 @@ const MIN_WINDOW_PACKETS: u64 = 20;
 
 /// Lost packets below which a share of losses says nothing.
 const MIN_LOST_PACKETS: u64 = 6;
-/// The most that one sample takes from the rate: a stalled receiver looks like a slow link for once.
+/// The most that one sample takes from a rate that was measured: a stalled receiver looks like a slow link for once.
 const MAX_FALL: f64 = 0.7;
 /// The shortest pause that separates bursts.
 const MIN_PAUSE: Duration = Duration::from_millis(5);
@@ -80,6 +80,8 @@ pub struct Burst {
     mtu: u64,
     /// Bytes per second.
     rate: f64,
+    /// Whether a sample has shown the rate, which is assumed until then.
+    measured: bool,
     /// Share of the gain that heavy losses have left.
     restraint: f64,
     /// Round trip at a burst's beginning, smoothed upwards; `None` before the first.
@@ -140,6 +142,7 @@ impl Burst {
             config,
             mtu: mtu.into(),
             rate: config.initial_rate,
+            measured: false,
             restraint: 1.0,
             floor: None,
             base: None,
@@ -160,6 +163,11 @@ impl Burst {
     /// Bytes per second that the path is taken to carry.
     pub fn rate(&self) -> f64 {
         self.rate
+    }
+
+    /// The same, where a sample has shown it.
+    pub fn measured_rate(&self) -> Option<f64> {
+        self.measured.then_some(self.rate)
     }
 
     /// A packet of `bytes`, sent at `sent`, arrived.
@@ -259,8 +267,10 @@ impl Burst {
         if sent_rate.min(acked_rate) > self.rate {
             self.rate = sent_rate.min(acked_rate);
         } else if limited && sent_rate / (1.0 - loss) >= OFFERED_SHARE * self.rate {
-            self.rate = acked_rate.clamp(MAX_FALL * self.rate, self.rate);
+            let least = if self.measured { MAX_FALL * self.rate } else { 0.0 };
+            self.rate = acked_rate.clamp(least, self.rate);
         }
+        self.measured = true;
         let restraint = self.restraint * if heavy { BACKOFF } else { RECOVERY };
         self.restraint = restraint.clamp(MIN_RESTRAINT, 1.0);
         self.update_window();

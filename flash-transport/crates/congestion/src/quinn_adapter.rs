@@ -15,6 +15,11 @@ impl ControllerFactory for BurstConfig {
     }
 }
 
+/// Bytes per second that a connection has found its path to carry; none before it has, or with another controller.
+pub fn measured_rate(state: Box<dyn Controller>) -> Option<f64> {
+    state.into_any().downcast::<BurstController>().ok()?.burst.measured_rate()
+}
+
 #[derive(Debug, Clone)]
 struct BurstController {
     initial_window: u64,

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::Shared;
-use openpi_flash_fec::{Limits as MessageLimits, MAX_MESSAGE_LENGTH};
 use openpi_flash_quic::code;
-use openpi_flash_quic::messages::{MAX_AGE, Messages};
+use openpi_flash_quic::messages::{self, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
 use openpi_flash_quic::stream::read_frame;
 use openpi_flash_wire::{CloseCode, Hello};
 use quinn::{Connection, RecvStream, SendStream, ZeroRttAccepted};
@@ -68,7 +67,7 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
         session: format!("quic-{:016x}", fastrand::u64(..)),
         bytes: Budget::new(context.limits.connection_bytes),
         confirmed: accepted.shared(),
-        messages: Messages::new(connection.clone(), message_limits(&context)),
+        messages: Messages::new(connection.clone(), message_limits(&context), Redundancy::default()),
         context: Arc::clone(&context),
     });
     answer_requests(&client, &connection).await;
@@ -137,11 +136,11 @@ async fn answer_requests(client: &Arc<Client>, connection: &Connection) {
     }
 }
 
-fn message_limits(context: &Context) -> MessageLimits {
-    MessageLimits {
+fn message_limits(context: &Context) -> messages::Limits {
+    messages::Limits {
         message_length: MAX_MESSAGE_LENGTH.min(context.limits.body_bytes),
         age: MAX_AGE,
-        ..MessageLimits::default()
+        ..messages::Limits::default()
     }
 }
 

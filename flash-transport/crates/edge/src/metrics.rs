@@ -92,7 +92,8 @@ impl Metrics {
         registry.register("requests", "Requests answered, by gRPC status", metrics.requests.clone());
         let help = "Requests that came at 0-RTT, with the first packet of a connection";
         registry.register("early_requests", help, metrics.early_requests.clone());
-        let help = "Requests (in) and answers (out), by what carried them: datagrams with error correction, or a stream";
+        let help =
+            "Requests (in) and answers (out), by what carried them: datagrams with error correction, or a stream";
         registry.register("transfers", help, metrics.transfers.clone());
         let help = "From a request's last byte to its answer";
         registry.register_with_unit("request", help, Unit::Seconds, metrics.seconds.clone());

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use openpi_flash_quic::messages::warm_up;
 use openpi_flash_quic::{Tuning, code, socket, tls};
 use openpi_flash_wire::CloseCode;
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
@@ -38,6 +39,7 @@ struct Port {
 impl Edge {
     /// Opens the ports. Called within a tokio runtime.
     pub async fn bind(settings: Settings) -> Result<Self, EdgeError> {
+        warm_up();
         let tls = Arc::new(tls::server(&settings.identity.certified, settings.client_ca.as_deref())?);
         let tuning = Tuning { streams: (settings.limits.streams, 1), ..settings.tuning.clone() };
         let mut config = ServerConfig::with_crypto(tls);

@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use openpi_flash_fec::{
-    Answer, Datagram, Event, FecError, Feedback, Limits, Receiver, Redundancy, Sender, Symbol, warm_up,
-};
+use openpi_flash_fec::{Answer, Datagram, Event, FecError, Feedback, Receiver, Sender, Symbol};
+pub use openpi_flash_fec::{Limits, MAX_MESSAGE_LENGTH, Redundancy, warm_up};
 use openpi_flash_wire::CloseCode;
 use quinn::{Connection, SendDatagramError};
 use tokio::sync::{Notify, mpsc};
@@ -22,6 +21,13 @@ use crate::tuning::DATAGRAM_SEND_BUFFER;
 
 /// Words of the receiver that a sender has not yet looked at. More are a peer's mischief, and dropped.
 const FEEDBACK_QUEUE: usize = 8;
+
+/// Id of the message that only explores the path; no stream has it.
+const PROBE: u32 = u32::MAX;
+
+/// Bytes of that message: what quinn's pacer sends in one go on a link as it is assumed, whose spread at the other end
+/// then shows the bottleneck.
+const PROBE_LENGTH: usize = 32 << 10;
 
 /// One end of a connection's messages. Cheap to clone.
 #[derive(Clone)]
@@ -36,7 +42,6 @@ struct Inner {
     outgoing: Mutex<Outgoing>,
 }
 
-#[derive(Default)]
 struct Outgoing {
     redundancy: Redundancy,
     /// Messages on their way.
@@ -54,11 +59,12 @@ pub enum Delivery {
 }
 
 impl Messages {
-    /// The messages of `connection`, of which the peer's are held to `limits`.
-    pub fn new(connection: Connection, limits: Limits) -> Self {
-        warm_up();
+    /// The messages of `connection`, of which the peer's are held to `limits`, with the redundancy that an earlier
+    /// connection has found right.
+    pub fn new(connection: Connection, limits: Limits, redundancy: Redundancy) -> Self {
         let receiver = Mutex::new(Receiver::new(limits));
-        let (forgotten, outgoing) = (Notify::new(), Mutex::default());
+        let outgoing = Mutex::new(Outgoing { redundancy, senders: HashMap::new() });
+        let forgotten = Notify::new();
         Self { inner: Arc::new(Inner { connection, receiver, forgotten, outgoing }) }
     }
 
@@ -73,6 +79,16 @@ impl Messages {
         let delivery = inner.send(sender, feedback).await.unwrap_or(Delivery::UseStream);
         drop(registration);
         delivery
+    }
+
+    /// Sends what tells of the path's rate and losses before the first large message needs to know.
+    pub async fn probe(&self) {
+        let _ = self.send(PROBE, Bytes::from_static(&[0; PROBE_LENGTH])).await;
+    }
+
+    /// How many repair symbols messages get, as it has been found right until now.
+    pub fn redundancy(&self) -> Redundancy {
+        lock(&self.inner.outgoing).redundancy
     }
 
     /// Ignores what still comes of a message of the peer.
@@ -205,7 +221,9 @@ impl Inner {
             Some(Event::Complete { message, body, feedback }) => {
                 drop(receiver);
                 outbox.push_back(feedback);
-                deliver(message, body);
+                if message != PROBE {
+                    deliver(message, body);
+                }
             }
             Some(Event::Feedback(feedback)) => outbox.push_back(feedback),
             None if !hold(receiver.held()) => outbox.push_back(receiver.abandon(symbol.message)),

@@ -72,8 +72,7 @@ mod exact {
             self.at = at;
             // Zero would stop the clock.
             let left = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
-            let value =
-                Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: i64::from(left.subsec_nanos()) as _ };
+            let value = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: i64::from(left.subsec_nanos()) as _ };
             let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
             // It fails for what is no timer and for no time alone.
             let _ = timerfd_settime(self.clock.get_ref(), TimerfdTimerFlags::empty(), &once);
