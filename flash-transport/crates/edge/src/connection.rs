@@ -8,6 +8,7 @@ use futures_util::FutureExt;
 use futures_util::future::Shared;
 use openpi_flash_quic::code;
 use openpi_flash_quic::stream::{ReadFault, read_frame, read_some, write_frame};
+use openpi_flash_traces::{Span, Traces};
 use openpi_flash_wire::{CloseCode, Code, Decoder, Frame, Hello, Method, Refusal, Request, Response};
 use prometheus_client::metrics::gauge::Gauge;
 use quinn::{Connection, RecvStream, SendStream, ZeroRttAccepted};
@@ -28,6 +29,7 @@ pub(crate) struct Context {
     pub limits: Limits,
     pub timeouts: Timeouts,
     pub metrics: Arc<Metrics>,
+    pub traces: Traces,
     pub requests: Arc<Budget>,
     pub bytes: Arc<Budget>,
     pub draining: watch::Receiver<bool>,
@@ -133,11 +135,15 @@ async fn answer(client: Arc<Client>, mut send: SendStream, mut receive: RecvStre
         let mut held = (context.bytes.hold(), client.bytes.hold());
         let started = Instant::now();
         let (method, result, since) = match read_request(&client, &mut receive, &mut held).await {
-            Ok((frame, by)) => {
+            Ok((mut frame, by)) => {
                 let since = Instant::now();
                 let labels = MethodLabels { slot: context.slot, method: frame.header.method.name() };
                 context.metrics.receive_seconds.get_or_create(&labels).observe((since - started).as_secs_f64());
-                (frame.header.method.name(), ask(&client, frame, by).await, since)
+                let span = begin_span(context, &mut frame, started);
+                let method = frame.header.method.name();
+                let result = ask(&client, frame, by).await;
+                span.end(status(&result));
+                (method, result, since)
             }
             Err(Some(refusal)) => ("", Err(refusal), Instant::now()),
             Err(None) => return Err(Gone),
@@ -164,11 +170,27 @@ async fn answer(client: Arc<Client>, mut send: SendStream, mut receive: RecvStre
             let _ = send.reset(code(CloseCode::Cancelled));
         }
         Ok((method, result, took)) => {
-            count(method, result.as_ref().map_or_else(|refusal| refusal.code.name(), |_| "OK"));
+            count(method, status(&result));
             let _ = receive.stop(code(CloseCode::Done)); // of a request that was refused before its end
             respond(context, &mut send, result, took).await;
         }
     }
+}
+
+/// The span of a request whose first byte came at `started` and whose last byte came now. The gateway's is below it.
+fn begin_span(context: &Context, frame: &mut Frame<Request>, started: Instant) -> Span {
+    let header = &mut frame.header;
+    let (method, started) = (header.method.name(), started.into_std());
+    let mut span = context.traces.begin("edge", method, started, (&mut header.traceparent, &mut header.tracestate));
+    span.set("slot", context.slot);
+    span.set("request_bytes", i64::from(header.body_length));
+    span.set("receive_ms", started.elapsed().as_secs_f64() * 1e3);
+    span
+}
+
+/// Name of the gRPC status of a result.
+fn status(result: &Result<Bytes, Refusal>) -> &'static str {
+    result.as_ref().map_or_else(|refusal| refusal.code.name(), |_| "OK")
 }
 
 /// Reads a request; what it holds of the two budgets grows with what has arrived. The error is a refusal, or nothing

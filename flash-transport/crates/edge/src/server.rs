@@ -58,6 +58,7 @@ impl Edge {
                 limits: settings.limits,
                 timeouts: settings.timeouts,
                 metrics: Arc::clone(&metrics),
+                traces: settings.traces.clone(),
                 requests: Arc::clone(&requests),
                 bytes: Arc::clone(&bytes),
                 draining: draining.clone(),

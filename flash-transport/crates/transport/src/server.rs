@@ -9,6 +9,7 @@ use openpi_flash_edge::{Edge, EndpointSettings, Identity, Limits, Settings, Time
 use openpi_flash_quic::Tuning;
 use openpi_flash_quic::tls::Certified;
 
+use crate::traces::TraceArguments;
 use crate::{Fatal, read_token, stop_signal};
 
 #[derive(Args)]
@@ -91,12 +92,16 @@ pub struct ServerArguments {
     /// Silence after which a robot counts as gone, in milliseconds; the robot may ask for less.
     #[arg(long, env = "OPENPI_FLASH_IDLE_TIMEOUT_MS", default_value_t = 10_000)]
     idle_timeout_ms: u64,
+    #[command(flatten)]
+    traces: TraceArguments,
 }
 
 /// Serves until it is told to stop.
 pub async fn run(arguments: ServerArguments) -> Result<(), Fatal> {
     let stop = stop_signal()?;
-    let edge = Edge::bind(settings(arguments)?).await?;
+    let settings = settings(arguments)?;
+    let traces = settings.traces.clone();
+    let edge = Edge::bind(settings).await?;
     for (slot, address) in edge.addresses()? {
         tracing::info!(slot, %address, "listening");
     }
@@ -104,6 +109,7 @@ pub async fn run(arguments: ServerArguments) -> Result<(), Fatal> {
         tracing::info!(%address, "metrics");
     }
     edge.serve(stop).await;
+    traces.shutdown().await;
     Ok(())
 }
 
@@ -150,6 +156,7 @@ fn settings(arguments: ServerArguments) -> Result<Settings, Fatal> {
             ..Tuning::default()
         },
         metrics: arguments.metrics_listen,
+        traces: arguments.traces.start("openpi-flash-edge")?,
     })
 }
 

@@ -15,6 +15,7 @@ use openpi_flash_edge::{
 };
 use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
 use openpi_flash_quic::Tuning;
+use openpi_flash_traces::Traces;
 use openpi_flash_wire::{Code, Method, Refusal};
 use tempfile::TempDir;
 use tokio::net::UnixListener;
@@ -207,6 +208,7 @@ pub fn settings(folder: &TempDir, listen: SocketAddr) -> Settings {
         timeouts: Timeouts::default(),
         tuning: Tuning { keep_alive: None, idle_timeout: Duration::from_secs(10), ..Tuning::default() },
         metrics: None,
+        traces: Traces::default(),
     }
 }
 
