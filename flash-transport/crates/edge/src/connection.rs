@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::limits::{Budget, Held, Place};
 use crate::metrics::{MethodLabels, Metrics, RequestLabels, SlotLabels};
+use crate::stranger::{Datagrams, widen};
 use crate::upstream::Upstream;
 use crate::{Limits, Timeouts, Tokens};
 
@@ -27,6 +28,8 @@ pub(crate) struct Context {
     pub upstream: Upstream,
     pub tokens: Option<Tokens>,
     pub limits: Limits,
+    /// Bytes that a client which has said hello may have sent without their being read.
+    pub connection_window: u32,
     pub timeouts: Timeouts,
     pub metrics: Arc<Metrics>,
     pub traces: Traces,
@@ -51,8 +54,11 @@ struct Gone;
 /// Serves a connection until it ends, or until the edge drains and what is in flight is answered.
 pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepted: ZeroRttAccepted, mut place: Place) {
     let mut draining = context.draining.clone();
+    let mut datagrams = Datagrams::new(connection.clone());
     let greeted = tokio::select! {
+        biased; // a datagram that comes with the hello needs no keeping
         greeted = greet(&context, &connection) => greeted,
+        () = datagrams.gather() => Err((CloseCode::Done, "it left before its hello".into())),
         _ = draining.wait_for(|draining| *draining) => Err((CloseCode::Reconnect, "the server is stopping".into())),
     };
     if let Err((reason, message)) = greeted {
@@ -61,15 +67,16 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
         return;
     }
     place.established();
+    widen(&connection, context.connection_window, context.limits.streams);
     let labels = SlotLabels { slot: context.slot };
     context.metrics.connections.get_or_create(&labels).inc();
     let client = Arc::new(Client {
         session: format!("quic-{:016x}", fastrand::u64(..)),
-        bytes: Budget::new(context.limits.connection_bytes),
+        bytes: Budget::within(&context.bytes, context.limits.connection_bytes),
         confirmed: accepted.shared(),
         context: Arc::clone(&context),
     });
-    answer_requests(&client, &connection).await;
+    tokio::join!(answer_requests(&client, &connection), datagrams.discard());
     context.metrics.connections.get_or_create(&labels).dec();
     let path = connection.stats().path;
     context.metrics.sent_packets.get_or_create(&labels).inc_by(path.sent_packets);

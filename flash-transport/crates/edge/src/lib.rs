@@ -9,6 +9,7 @@ mod limits;
 mod metrics;
 mod server;
 mod settings;
+mod stranger;
 mod upstream;
 
 pub use identity::Identity;

@@ -50,9 +50,16 @@ pub async fn read_frame<H: Header>(stream: &mut RecvStream, max_body_length: usi
     Ok(decoder.finish()?)
 }
 
-/// Writes the one frame of a stream and ends it. The body is not copied.
+/// Writes the one frame of a stream and ends it. The body is not copied. A peer that stops the stream ends the writing,
+/// too where both wait for room in the connection's window: there quinn's own write would go on waiting.
 pub async fn write_frame<H: Header>(stream: &mut SendStream, header: &H, body: Bytes) -> Result<(), WriteFault> {
-    stream.write_all_chunks(&mut [encode(header)?, body]).await?;
+    let stopped = stream.stopped();
+    let mut frame = [encode(header)?, body];
+    tokio::select! {
+        biased;
+        written = stream.write_all_chunks(&mut frame) => written?,
+        Ok(Some(code)) = stopped => return Err(WriteError::Stopped(code).into()),
+    }
     // It fails for a stream that is ended or reset, and this one is neither.
     let _ = stream.finish();
     Ok(())

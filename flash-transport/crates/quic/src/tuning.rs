@@ -20,8 +20,11 @@ const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
 /// A first window that holds half an observation or a whole compressed one.
 const INITIAL_WINDOW: u64 = 256 << 10;
 
-/// Datagrams that wait to be sent or read, in bytes; what is beyond is dropped.
-const DATAGRAM_BUFFER: usize = 8 << 20;
+/// Datagrams that wait to be sent, in bytes; what is beyond is dropped.
+const DATAGRAM_SEND_BUFFER: usize = 8 << 20;
+
+/// Datagrams that wait to be read, in bytes; what is beyond is dropped. A peer can fill it before it is known.
+const DATAGRAM_RECEIVE_BUFFER: usize = 2 << 20;
 
 /// What of the transport can be set. The defaults are those of a robot's end.
 #[derive(Clone)]
@@ -80,8 +83,8 @@ impl Tuning {
             .receive_window(self.connection_window.into())
             .max_concurrent_bidi_streams(self.streams.0.into())
             .max_concurrent_uni_streams(self.streams.1.into())
-            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
-            .datagram_send_buffer_size(DATAGRAM_BUFFER)
+            .datagram_receive_buffer_size(Some(DATAGRAM_RECEIVE_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_SEND_BUFFER)
             .congestion_controller_factory(Arc::clone(&self.congestion));
         config
     }
