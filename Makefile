@@ -16,7 +16,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
+.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -68,6 +68,16 @@ test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
 	cargo build --package openpi-flash-transport --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+# libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
+SECONDS ?= 60
+FUZZ_TARGETS ?= $(patsubst flash-transport/fuzz/fuzz_targets/%.rs,%,$(wildcard flash-transport/fuzz/fuzz_targets/*.rs))
+fuzz: .cache/cargo-fuzz/bin/cargo-fuzz ## Feed every decoder of the Rust workspace what libFuzzer invents (SECONDS=60 each, FUZZ_TARGETS=all)
+	cd flash-transport/fuzz && for target in $(FUZZ_TARGETS); do \
+		RUSTC_BOOTSTRAP=1 $(CURDIR)/$< run --fuzz-dir . $$target -- -max_total_time=$(SECONDS) -max_len=8192 -print_final_stats=1; done
+
+.cache/cargo-fuzz/bin/cargo-fuzz: | $(CARGO)
+	cargo install --quiet --locked --root .cache/cargo-fuzz cargo-fuzz@0.13.2
 
 lint: .venv/.dev Cargo.lock ## ruff, mypy, buf, rustfmt, clippy
 	cargo fmt --check

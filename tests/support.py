@@ -1,5 +1,6 @@
-"""The engine in a process of its own, for tests that span packages."""
+"""The engine in a process of its own, and sidecars of robots, for tests that span packages."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,33 @@ def start_engine(
 
     threading.Thread(target=read, daemon=True).start()
     return engine
+
+
+def transport_binary() -> Path:
+    """The program of edge and sidecar, as `make test` builds it."""
+    path = Path(os.environ.get("CARGO_TARGET_DIR", Path(__file__).parents[1] / "target"))
+    path /= "debug/openpi-flash-transport"
+    assert path.exists(), "cargo build --package openpi-flash-transport, which `make test` does, too"
+    return path
+
+
+@contextlib.contextmanager
+def sidecar(
+    binary: Path, engine: Engine, slot: str = "action", pin: str = "", options: Sequence[str] = ()
+) -> Iterator[int]:
+    """A sidecar's gRPC port."""
+    (port,) = free_ports(1)
+    server = f"127.0.0.1:{engine.settings[f'{slot}_transport']['quic_port']}"
+    trust = ["--fingerprint", pin or _fingerprint(engine)]
+    process = subprocess.Popen([binary, "client", server, "--listen", f"127.0.0.1:{port}", *trust, *options])
+    try:
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def _fingerprint(engine: Engine) -> str:
+    engine.wait_for(r"edge.*fingerprint")
+    found = [match[1] for line in engine.log if (match := re.search(r"fingerprint=([0-9a-f:]+)", line))]
+    return found[-1]

@@ -56,4 +56,7 @@ def edge_program(settings: EngineSettings, binary: Path, directory: Path) -> Pro
         argv += ["--tokens-file", str(tokens), "--upstream-token-file", str(tokens)]
     if telemetry.metrics:
         argv += ["--metrics-listen", f"{telemetry.metrics_host}:{telemetry.edge_metrics_port}"]
+    if telemetry.otlp_endpoint is not None:
+        argv += ["--otlp-endpoint", telemetry.otlp_endpoint]
+        argv += ["--trace-sample-ratio", str(telemetry.trace_sample_ratio)]
     return Program("edge", tuple(argv))

@@ -32,6 +32,13 @@ def test_each_slot_has_its_port_and_its_socket(tmp_path):
     assert alone["--metrics-listen"] == "127.0.0.1:9093"
 
 
+def test_traces_go_where_those_of_the_services_go(tmp_path):
+    assert "--otlp-endpoint" not in options(tmp_path, action=ACTION)
+    telemetry = {"otlp_endpoint": "http://collector:4317", "trace_sample_ratio": 0.1}
+    found = options(tmp_path, action=ACTION, telemetry=telemetry)
+    assert (found["--otlp-endpoint"], found["--trace-sample-ratio"]) == ("http://collector:4317", "0.1")
+
+
 def test_certificates_and_tokens_are_the_gateways(tmp_path):
     tls = {"cert_file": "/c", "key_file": "/k", "client_ca_file": "/ca"}
     found = options(tmp_path, action=ACTION, gateway={"tls": tls, "auth": {"tokens": ["one", "two"]}})

@@ -1,33 +1,24 @@
 """QUIC beside the other transports: `serve` runs the edge, and a sidecar brings a robot's gRPC to it."""
 
-import contextlib
 import os
-import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from openpi_flash_cli.demo import free_ports
 from openpi_flash_cli.tiny import TinyPolicy
 from openpi_flash_client import GrpcPolicy, PolicyError
 from openpi_flash_common import openpi_msgpack
 from websockets.sync.client import connect
 
-from tests.support import READY, Engine, start_engine
-
-ROOT = Path(__file__).parents[2]
+from tests.support import READY, Engine, sidecar, start_engine, transport_binary
 
 
 @pytest.fixture(scope="module")
 def binary() -> Path:
-    """The edge's program, as `make test` builds it."""
-    path = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "debug/openpi-flash-transport"
-    assert path.exists(), "cargo build --package openpi-flash-transport, which `make test` does, too"
-    return path
+    return transport_binary()
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +42,6 @@ def engine(
         assert engine.stop() == 0
     finally:
         engine.process.kill()
-
-
-def fingerprint(engine: Engine) -> str:
-    engine.wait_for(r"edge.*fingerprint")
-    found = [match[1] for line in engine.log if (match := re.search(r"fingerprint=([0-9a-f:]+)", line))]
-    return found[-1]
-
-
-@contextlib.contextmanager
-def sidecar(binary: Path, engine: Engine, slot: str = "action", pin: str = "") -> Iterator[int]:
-    """A sidecar's gRPC port."""
-    (port,) = free_ports(1)
-    server = f"127.0.0.1:{engine.settings[f'{slot}_transport']['quic_port']}"
-    trust = ["--fingerprint", pin or fingerprint(engine)]
-    process = subprocess.Popen([binary, "client", server, "--listen", f"127.0.0.1:{port}", *trust])
-    try:
-        yield port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
 
 
 def test_the_same_actions_on_every_transport(engine, binary, observation):

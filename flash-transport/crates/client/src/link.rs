@@ -1,6 +1,6 @@
 //! One connection.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::pending;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use openpi_flash_congestion::{BurstConfig, measured_rate};
 use openpi_flash_quic::messages::{Delivery, Limits, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
-use openpi_flash_quic::stream::{ReadFault, read_frame, write_frame};
+use openpi_flash_quic::stream::{ReadFault, read_frame, write, write_frame};
 use openpi_flash_quic::{ExactRuntime, Tuning, code, socket};
 use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response, encode};
 use quinn::{
@@ -119,7 +119,7 @@ impl Link {
         let answers = Answers::default();
         tokio::spawn({
             let (messages, answers) = (messages.clone(), Arc::clone(&answers));
-            async move { messages.run(|_| true, |id, answer| take(&answers, id, answer)).await }
+            async move { messages.run(VecDeque::new(), |_| true, |id, answer| take(&answers, id, answer)).await }
         });
         let (explore, explored) = watch::channel(path.is_some());
         tokio::spawn({
@@ -170,9 +170,9 @@ impl Link {
         let head = encode(request).map_err(|error| Fault::Final(Error::Invalid(error.to_string())))?;
         let sent = async {
             let message = [&*head, &*body].concat().into();
-            self.wrote(send.write_chunk(head).await).await?;
+            self.wrote(write(send, &mut [head]).await).await?;
             if self.messages.send(id, message).await == Delivery::UseStream {
-                self.wrote(send.write_chunk(body).await).await?;
+                self.wrote(write(send, &mut [body]).await).await?;
                 let _ = send.finish(); // it fails for a stream that is reset, which the answer will tell
             }
             Ok(())
@@ -185,7 +185,7 @@ impl Link {
         };
         tokio::select! {
             biased;
-            Ok(answer) = answered => Frame::from_bytes(answer, max_bytes)
+            Ok(answer) = answered => Frame::from_bytes(&answer, max_bytes)
                 .map_err(|error| self.broken(&format!("the server's answer: {error}"))),
             frame = read_frame::<Response>(receive, max_bytes) => match frame {
                 Ok(frame) => Ok(frame),
@@ -198,9 +198,8 @@ impl Link {
     /// Why a part of a request was not written, where that matters.
     async fn wrote(&self, written: Result<(), WriteError>) -> Result<(), Fault> {
         match written {
-            Ok(()) => Ok(()),
             Err(WriteError::Stopped(code)) if known(code) == Some(CloseCode::Reconnect) => Err(self.untouched().await),
-            Err(WriteError::Stopped(_)) => Ok(()), // it was answered before its end
+            Ok(()) | Err(WriteError::Stopped(_)) => Ok(()), // it was answered before its end
             Err(WriteError::ZeroRttRejected) => Err(self.untouched().await),
             Err(WriteError::ConnectionLost(error)) => Err(self.lost(&error)),
             Err(error @ WriteError::ClosedStream) => Err(self.broken(&error.to_string())),

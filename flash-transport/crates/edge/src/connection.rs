@@ -9,6 +9,7 @@ use futures_util::future::Shared;
 use openpi_flash_quic::code;
 use openpi_flash_quic::messages::{self, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
 use openpi_flash_quic::stream::read_frame;
+use openpi_flash_traces::Traces;
 use openpi_flash_wire::{CloseCode, Hello};
 use quinn::{Connection, RecvStream, SendStream, ZeroRttAccepted};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -18,6 +19,7 @@ use tokio::time::timeout;
 use crate::limits::{Budget, Place};
 use crate::metrics::{Metrics, SlotLabels};
 use crate::request::{Arrival, answer};
+use crate::stranger::{EarlyDatagrams, widen};
 use crate::upstream::Upstream;
 use crate::{Limits, Timeouts, Tokens};
 
@@ -30,8 +32,11 @@ pub(crate) struct Context {
     pub upstream: Upstream,
     pub tokens: Option<Tokens>,
     pub limits: Limits,
+    /// Bytes that a client which has said hello may have sent without their being read.
+    pub connection_window: u32,
     pub timeouts: Timeouts,
     pub metrics: Arc<Metrics>,
+    pub traces: Traces,
     pub requests: Arc<Budget>,
     pub bytes: Arc<Budget>,
     pub draining: watch::Receiver<bool>,
@@ -51,8 +56,11 @@ pub(crate) struct Client {
 /// Serves a connection until it ends, or until the edge drains and what is in flight is answered.
 pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepted: ZeroRttAccepted, mut place: Place) {
     let mut draining = context.draining.clone();
+    let mut early = EarlyDatagrams::default();
     let greeted = tokio::select! {
+        biased; // a datagram that comes with the hello needs no keeping
         greeted = greet(&context, &connection) => greeted,
+        () = early.gather(&connection) => Err((CloseCode::Done, "it left before its hello".into())),
         _ = draining.wait_for(|draining| *draining) => Err((CloseCode::Reconnect, "the server is stopping".into())),
     };
     if let Err((reason, message)) = greeted {
@@ -61,16 +69,17 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
         return;
     }
     place.established();
+    widen(&connection, context.connection_window, context.limits.streams);
     let labels = SlotLabels { slot: context.slot };
     context.metrics.connections.get_or_create(&labels).inc();
     let client = Arc::new(Client {
         session: format!("quic-{:016x}", fastrand::u64(..)),
-        bytes: Budget::new(context.limits.connection_bytes),
+        bytes: Budget::within(&context.bytes, context.limits.connection_bytes),
         confirmed: accepted.shared(),
         messages: Messages::new(connection.clone(), message_limits(&context), Redundancy::default()),
         context: Arc::clone(&context),
     });
-    answer_requests(&client, &connection).await;
+    answer_requests(&client, &connection, early).await;
     context.metrics.connections.get_or_create(&labels).dec();
     let path = connection.stats().path;
     context.metrics.sent_packets.get_or_create(&labels).inc_by(path.sent_packets);
@@ -100,11 +109,12 @@ async fn greet(context: &Context, connection: &Connection) -> Result<(), (CloseC
 }
 
 /// Answers what comes, until the connection ends; what is not answered then ends with it, and so does the gateway's work.
-async fn answer_requests(client: &Arc<Client>, connection: &Connection) {
+async fn answer_requests(client: &Arc<Client>, connection: &Connection, early: EarlyDatagrams) {
     let mut draining = client.context.draining.clone();
     let (mut total, mut own) = (client.context.bytes.hold(), client.bytes.hold());
     let (arrived, mut messages) = mpsc::channel(MESSAGE_QUEUE);
     let taking_messages = client.messages.run(
+        early.into_inner(),
         move |bytes| total.set(bytes) && own.set(bytes),
         |id, message| {
             if arrived.try_send((id, message)).is_err() {

@@ -10,6 +10,7 @@ mod metrics;
 mod request;
 mod server;
 mod settings;
+mod stranger;
 mod upstream;
 
 pub use identity::Identity;

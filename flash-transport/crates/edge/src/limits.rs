@@ -155,11 +155,25 @@ fn group(address: IpAddr) -> IpAddr {
 pub(crate) struct Budget {
     used: AtomicUsize,
     limit: usize,
+    /// Of which this is a part.
+    whole: Option<Arc<Budget>>,
 }
 
 impl Budget {
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { used: AtomicUsize::new(0), limit })
+        Arc::new(Self { used: AtomicUsize::new(0), limit, whole: None })
+    }
+
+    /// A part that may not grow past what is left of the whole, either: so `n` greedy parts leave an `n+1`-th of the
+    /// whole to others, and nobody is shut out. What is taken of a part is to be taken of the whole before.
+    pub fn within(whole: &Arc<Self>, limit: usize) -> Arc<Self> {
+        Arc::new(Self { used: AtomicUsize::new(0), limit, whole: Some(Arc::clone(whole)) })
+    }
+
+    /// Most that may be used now.
+    fn limit(&self) -> usize {
+        let left = self.whole.as_ref().map(|whole| whole.limit.saturating_sub(whole.used.load(Ordering::Relaxed)));
+        left.map_or(self.limit, |left| left.min(self.limit))
     }
 
     /// Nothing of the budget yet.
@@ -179,7 +193,7 @@ impl Held {
     /// Takes more; false, and nothing taken, where that would exceed the limit.
     #[must_use]
     pub fn grow(&mut self, amount: usize) -> bool {
-        let limit = self.budget.limit;
+        let limit = self.budget.limit();
         let grown = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
             used.checked_add(amount).filter(|sum| *sum <= limit)
         });
@@ -274,5 +288,29 @@ mod tests {
         assert_eq!(budget.used.load(Ordering::Relaxed), 3);
         drop(other);
         assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn greedy_parts_leave_room_for_others() {
+        let whole = Budget::new(1000);
+        let parts: Vec<_> = (0..4).map(|_| Budget::within(&whole, 600)).collect();
+        let mut held: Vec<_> = parts.iter().map(|part| (whole.hold(), part.hold())).collect();
+        let mut grow = |index: usize| {
+            let (of_whole, of_part): &mut (Held, Held) = &mut held[index];
+            let mut amount = whole.hold();
+            let grown = amount.grow(10) && of_part.grow(10);
+            drop(amount);
+            grown && of_whole.grow(10)
+        };
+        for _ in 0..100 {
+            for greedy in 0..3 {
+                let _ = grow(greedy);
+            }
+        }
+        for part in &parts[..3] {
+            assert!(part.used.load(Ordering::Relaxed) <= 250);
+        }
+        assert!((0..10).all(|_| grow(3)), "a newcomer gets something");
+        assert!(whole.used.load(Ordering::Relaxed) <= 1000);
     }
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use openpi_flash_quic::code;
 use openpi_flash_quic::messages::Delivery;
-use openpi_flash_quic::stream::{ReadFault, read_some};
+use openpi_flash_quic::stream::{ReadFault, read_some, write};
+use openpi_flash_traces::Span;
 use openpi_flash_wire::{CloseCode, Code, Decoder, Frame, Method, Refusal, Request, Response, WireError, encode};
 use prometheus_client::metrics::gauge::Gauge;
 use quinn::{RecvStream, SendStream};
@@ -90,15 +91,17 @@ pub(crate) async fn answer(client: &Client, mut arrival: Arrival) {
     client.messages.forget(arrival.id);
     let (mut method, mut took) = ("", Duration::ZERO);
     let result = match received {
-        Ok(Received { frame, by }) => {
+        Ok(Received { mut frame, by }) => {
             method = frame.header.method.name();
             let labels = MethodLabels { slot: context.slot, method };
             let since = Instant::now();
             context.metrics.receive_seconds.get_or_create(&labels).observe((since - started).as_secs_f64());
+            let span = begin_span(context, &mut frame, started);
             let result = tokio::select! {
                 result = ask(client, frame, by) => result.map_err(Fault::Refused),
                 () = arrival.stream.stopped() => Err(Fault::GivenUp),
             };
+            span.end(status(&result));
             took = since.elapsed();
             context.metrics.seconds.get_or_create(&labels).observe(took.as_secs_f64());
             result
@@ -106,22 +109,32 @@ pub(crate) async fn answer(client: &Client, mut arrival: Arrival) {
         Err(fault) => Err(fault),
     };
     drop(held);
-    let count = |code| {
-        context.metrics.requests.get_or_create(&RequestLabels { slot: context.slot, method, code }).inc();
-    };
+    let labels = RequestLabels { slot: context.slot, method, code: status(&result) };
+    context.metrics.requests.get_or_create(&labels).inc();
     match result {
-        Err(Fault::GivenUp) => {
-            count(Code::Cancelled.name());
-            arrival.stream.end(CloseCode::Cancelled);
-        }
-        Err(Fault::Refused(refusal)) => {
-            count(refusal.code.name());
-            respond(client, &mut arrival, Some(refusal), Bytes::new(), took).await;
-        }
-        Ok(body) => {
-            count("OK");
-            respond(client, &mut arrival, None, body, took).await;
-        }
+        Err(Fault::GivenUp) => arrival.stream.end(CloseCode::Cancelled),
+        Err(Fault::Refused(refusal)) => respond(client, &mut arrival, Some(refusal), Bytes::new(), took).await,
+        Ok(body) => respond(client, &mut arrival, None, body, took).await,
+    }
+}
+
+/// The span of a request whose first byte came at `started` and whose last byte came now. The gateway's is below it.
+fn begin_span(context: &Context, frame: &mut Frame<Request>, started: Instant) -> Span {
+    let header = &mut frame.header;
+    let (method, started) = (header.method.name(), started.into_std());
+    let mut span = context.traces.begin("edge", method, started, (&mut header.traceparent, &mut header.tracestate));
+    span.set("slot", context.slot);
+    span.set("request_bytes", i64::from(header.body_length));
+    span.set("receive_ms", started.elapsed().as_secs_f64() * 1e3);
+    span
+}
+
+/// Name of the gRPC status of a result.
+fn status(result: &Result<Bytes, Fault>) -> &'static str {
+    match result {
+        Ok(_) => "OK",
+        Err(Fault::Refused(refusal)) => refusal.code.name(),
+        Err(Fault::GivenUp) => Code::Cancelled.name(),
     }
 }
 
@@ -131,7 +144,7 @@ async fn receive(client: &Client, arrival: &mut Arrival, held: &mut (Held, Held)
     let started = Instant::now();
     let (path, received) = tokio::select! {
         biased;
-        Ok(message) = &mut arrival.message => ("datagrams", read_message(context, message, started, held)),
+        Ok(message) = &mut arrival.message => ("datagrams", read_message(context, &message, started, held)),
         received = read_stream(context, &mut arrival.stream, held) => ("stream", received),
     };
     if received.is_ok() {
@@ -142,12 +155,12 @@ async fn receive(client: &Client, arrival: &mut Arrival, held: &mut (Held, Held)
 
 fn read_message(
     context: &Context,
-    message: Bytes,
+    message: &Bytes,
     started: Instant,
     held: &mut (Held, Held),
 ) -> Result<Received, Fault> {
     hold(held, message.len())?;
-    let frame = Frame::<Request>::from_bytes(message, context.limits.body_bytes).map_err(refused)?;
+    let frame = Frame::<Request>::from_bytes(message, context.limits.body_bytes).map_err(|error| refused(&error))?;
     let by = deadline(context, started, &frame.header);
     Ok(Received { frame, by })
 }
@@ -163,7 +176,7 @@ async fn read_stream(context: &Context, stream: &mut Stream, held: &mut (Held, H
         match timeout_at(read_by, read_some(receive, &mut decoder)).await {
             Ok(Ok(Some(bytes))) => hold(held, bytes)?,
             Ok(Ok(None)) => break,
-            Ok(Err(ReadFault::Wire(error))) => return Err(refused(error)),
+            Ok(Err(ReadFault::Wire(error))) => return Err(refused(&error)),
             Ok(Err(ReadFault::Stream(_))) => return Err(Fault::GivenUp),
             Err(_) => {
                 let message = "the request did not arrive in time";
@@ -175,7 +188,7 @@ async fn read_stream(context: &Context, stream: &mut Stream, held: &mut (Held, H
             read_by = read_by.min(by);
         }
     }
-    let frame = decoder.finish().map_err(refused)?;
+    let frame = decoder.finish().map_err(|error| refused(&error))?;
     Ok(Received { frame, by })
 }
 
@@ -194,7 +207,7 @@ fn hold((total, own): &mut (Held, Held), bytes: usize) -> Result<(), Fault> {
     Err(Fault::Refused(Refusal::new(Code::ResourceExhausted, message)))
 }
 
-fn refused(error: WireError) -> Fault {
+fn refused(error: &WireError) -> Fault {
     Fault::Refused(Refusal::new(Code::InvalidArgument, error.to_string()))
 }
 
@@ -257,7 +270,7 @@ async fn respond(client: &Client, arrival: &mut Arrival, refusal: Option<Refusal
         }
         let (send, receive) = arrival.stream.halves().await;
         let _ = receive.stop(code(CloseCode::Done)); // of a request that was refused before its end
-        if send.write_chunk(message).await.is_ok() {
+        if write(send, &mut [message]).await.is_ok() {
             let _ = send.finish();
             let _ = send.stopped().await;
         }

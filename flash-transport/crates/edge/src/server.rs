@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use openpi_flash_quic::messages::warm_up;
-use openpi_flash_quic::{Tuning, code, socket, tls};
+use openpi_flash_quic::{code, socket, tls};
 use openpi_flash_wire::CloseCode;
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
 use quinn_proto::HashedConnectionIdGenerator;
@@ -19,7 +19,11 @@ use crate::connection::{Context, serve};
 use crate::limits::{Admission, Budget, Gate};
 use crate::metrics::{HandshakeLabels, Metrics};
 use crate::upstream::Upstream;
-use crate::{EdgeError, Settings};
+use crate::{EdgeError, Settings, stranger};
+
+/// Bytes that may wait until it is decided whether their sender is let in, which is at once: of one, and of all.
+const INCOMING_BYTES: u64 = 1 << 20;
+const ALL_INCOMING_BYTES: u64 = 16 << 20;
 
 /// Open ports.
 pub struct Edge {
@@ -41,9 +45,13 @@ impl Edge {
     pub async fn bind(settings: Settings) -> Result<Self, EdgeError> {
         warm_up();
         let tls = Arc::new(tls::server(&settings.identity.certified, settings.client_ca.as_deref())?);
-        let tuning = Tuning { streams: (settings.limits.streams, 1), ..settings.tuning.clone() };
+        let tuning = stranger::narrowed(&settings.tuning, settings.limits.streams);
         let mut config = ServerConfig::with_crypto(tls);
-        config.transport_config(Arc::new(tuning.transport()));
+        config
+            .transport_config(Arc::new(tuning.transport()))
+            .max_incoming(settings.limits.connections)
+            .incoming_buffer_size(INCOMING_BYTES)
+            .incoming_buffer_size_total(ALL_INCOMING_BYTES);
         let (drain, draining) = watch::channel(false);
         let metrics = Metrics::new();
         let (requests, bytes) = (Budget::new(settings.limits.requests), Budget::new(settings.limits.total_bytes));
@@ -58,8 +66,10 @@ impl Edge {
                 upstream: Upstream::new(&each.upstream, settings.limits.body_bytes)?,
                 tokens: settings.tokens.clone(),
                 limits: settings.limits,
+                connection_window: settings.tuning.connection_window,
                 timeouts: settings.timeouts,
                 metrics: Arc::clone(&metrics),
+                traces: settings.traces.clone(),
                 requests: Arc::clone(&requests),
                 bytes: Arc::clone(&bytes),
                 draining: draining.clone(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use openpi_flash_quic::Tuning;
 use openpi_flash_quic::tls::TlsError;
+use openpi_flash_traces::Traces;
 use subtle::ConstantTimeEq;
 
 use crate::{Identity, Limits};
@@ -62,6 +63,8 @@ pub struct Settings {
     pub tuning: Tuning,
     /// Where Prometheus finds metrics; none: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// Where spans go.
+    pub traces: Traces,
 }
 
 /// One port and the gateway behind it.

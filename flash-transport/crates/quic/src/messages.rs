@@ -83,7 +83,7 @@ impl Messages {
 
     /// Sends what tells of the path's rate and losses before the first large message needs to know.
     pub async fn probe(&self) {
-        let _ = self.send(PROBE, Bytes::from_static(&[0; PROBE_LENGTH])).await;
+        let _ = self.send(PROBE, vec![0; PROBE_LENGTH].into()).await;
     }
 
     /// How many repair symbols messages get, as it has been found right until now.
@@ -97,9 +97,14 @@ impl Messages {
         self.inner.forgotten.notify_one();
     }
 
-    /// Takes in the peer's datagrams until the connection ends. `hold` is told how many bytes the messages in arrival
+    /// Takes in the peer's datagrams, those in `early` first, until the connection ends. `hold` is told how many bytes the messages in arrival
     /// hold, and says whether they may; `deliver` is given each message that is complete.
-    pub async fn run(&self, mut hold: impl FnMut(usize) -> bool, mut deliver: impl FnMut(u32, Bytes)) {
+    pub async fn run(
+        &self,
+        mut early: VecDeque<Bytes>,
+        mut hold: impl FnMut(usize) -> bool,
+        mut deliver: impl FnMut(u32, Bytes),
+    ) {
         let inner = &*self.inner;
         let mut outbox = VecDeque::new();
         loop {
@@ -114,7 +119,12 @@ impl Messages {
                             continue;
                         }
                     },
-                datagram = inner.connection.read_datagram() => match datagram {
+                datagram = async {
+                    match early.pop_front() {
+                        Some(datagram) => Ok(datagram),
+                        None => inner.connection.read_datagram().await,
+                    }
+                } => match datagram {
                     Ok(datagram) => inner.take_all(datagram, &mut outbox, &mut hold, &mut deliver),
                     Err(_) => return,
                 },

@@ -52,8 +52,19 @@ pub async fn read_frame<H: Header>(stream: &mut RecvStream, max_body_length: usi
 
 /// Writes the one frame of a stream and ends it. The body is not copied.
 pub async fn write_frame<H: Header>(stream: &mut SendStream, header: &H, body: Bytes) -> Result<(), WriteFault> {
-    stream.write_all_chunks(&mut [encode(header)?, body]).await?;
+    write(stream, &mut [encode(header)?, body]).await?;
     // It fails for a stream that is ended or reset, and this one is neither.
     let _ = stream.finish();
     Ok(())
+}
+
+/// Writes to a stream. A peer that stops the stream ends the writing, too where both wait for room in the connection's
+/// window: there quinn's own write would go on waiting.
+pub async fn write(stream: &mut SendStream, chunks: &mut [Bytes]) -> Result<(), WriteError> {
+    let stopped = stream.stopped();
+    tokio::select! {
+        biased;
+        written = stream.write_all_chunks(chunks) => written,
+        Ok(Some(code)) = stopped => Err(WriteError::Stopped(code)),
+    }
 }

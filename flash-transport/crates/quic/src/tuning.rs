@@ -18,7 +18,7 @@ const INITIAL_RTT: Duration = Duration::from_millis(25);
 /// Longest that a receiver holds an acknowledgement back.
 const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
 
-/// Datagrams that wait to be read, in bytes; what is beyond is dropped.
+/// Datagrams that wait to be read, in bytes; what is beyond is dropped. A peer can fill it before it is known.
 const DATAGRAM_RECEIVE_BUFFER: usize = 2 << 20;
 
 /// Datagrams that wait to be sent, in bytes; what is beyond has to wait. Little, so that messages take turns and one that

@@ -12,6 +12,7 @@ use openpi_flash_client::{Call, Fingerprint, Options, Trust, blocking};
 use openpi_flash_edge::{Edge, EndpointSettings, Identity, Limits, Settings, Timeouts, UpstreamSettings};
 use openpi_flash_grpc::{CallContext, Handler, INFER_STREAM, PolicyServer, Raw, RawCodec};
 use openpi_flash_quic::Tuning;
+use openpi_flash_traces::Traces;
 use openpi_flash_wire::envelope::{StreamRequest, stream_request_head};
 use openpi_flash_wire::{Method, Refusal};
 use tokio::net::UnixListener;
@@ -69,6 +70,7 @@ async fn serve(identity: Identity, upstream: String, socket: &Path) -> Result<u1
         timeouts: Timeouts::default(),
         tuning: Tuning { keep_alive: None, idle_timeout: Duration::from_secs(10), ..Tuning::default() },
         metrics: None,
+        traces: Traces::default(),
     })
     .await?;
     let port = edge.addresses()?[0].1.port();

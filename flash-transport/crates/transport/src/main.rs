@@ -3,6 +3,7 @@
 mod logs;
 mod server;
 mod sidecar;
+mod traces;
 
 use std::process::ExitCode;
 

@@ -9,6 +9,7 @@ use openpi_flash_edge::{Edge, EndpointSettings, Identity, Limits, Settings, Time
 use openpi_flash_quic::Tuning;
 use openpi_flash_quic::tls::Certified;
 
+use crate::traces::TraceArguments;
 use crate::{Fatal, read_token, stop_signal};
 
 #[derive(Args)]
@@ -82,6 +83,12 @@ pub struct ServerArguments {
     /// Most bytes of requests in flight of all connections.
     #[arg(long, env = "OPENPI_FLASH_MAX_TOTAL_BYTES", default_value_t = Limits::default().total_bytes)]
     max_total_bytes: usize,
+    /// Time from a robot's first packet to its hello, in milliseconds.
+    #[arg(long, env = "OPENPI_FLASH_HANDSHAKE_TIMEOUT_MS", default_value_t = 5_000)]
+    handshake_timeout_ms: u64,
+    /// Time from a request's first byte to its last, and for an answer to be taken, in milliseconds.
+    #[arg(long, env = "OPENPI_FLASH_TRANSFER_TIMEOUT_MS", default_value_t = 10_000)]
+    transfer_timeout_ms: u64,
     /// Time of a request that names no deadline, in milliseconds.
     #[arg(long, env = "OPENPI_FLASH_DEFAULT_TIMEOUT_MS", default_value_t = 30_000)]
     default_timeout_ms: u64,
@@ -91,12 +98,16 @@ pub struct ServerArguments {
     /// Silence after which a robot counts as gone, in milliseconds; the robot may ask for less.
     #[arg(long, env = "OPENPI_FLASH_IDLE_TIMEOUT_MS", default_value_t = 10_000)]
     idle_timeout_ms: u64,
+    #[command(flatten)]
+    traces: TraceArguments,
 }
 
 /// Serves until it is told to stop.
 pub async fn run(arguments: ServerArguments) -> Result<(), Fatal> {
     let stop = stop_signal()?;
-    let edge = Edge::bind(settings(arguments)?).await?;
+    let settings = settings(arguments)?;
+    let traces = settings.traces.clone();
+    let edge = Edge::bind(settings).await?;
     for (slot, address) in edge.addresses()? {
         tracing::info!(slot, %address, "listening");
     }
@@ -104,6 +115,7 @@ pub async fn run(arguments: ServerArguments) -> Result<(), Fatal> {
         tracing::info!(%address, "metrics");
     }
     edge.serve(stop).await;
+    traces.shutdown().await;
     Ok(())
 }
 
@@ -140,9 +152,10 @@ fn settings(arguments: ServerArguments) -> Result<Settings, Fatal> {
             total_bytes: arguments.max_total_bytes,
         },
         timeouts: Timeouts {
+            handshake: Duration::from_millis(arguments.handshake_timeout_ms),
+            transfer: Duration::from_millis(arguments.transfer_timeout_ms),
             request: Duration::from_millis(arguments.default_timeout_ms),
             drain: Duration::from_millis(arguments.drain_timeout_ms),
-            ..Timeouts::default()
         },
         tuning: Tuning {
             keep_alive: None, // robots probe; a server that did would keep those that left
@@ -150,6 +163,7 @@ fn settings(arguments: ServerArguments) -> Result<Settings, Fatal> {
             ..Tuning::default()
         },
         metrics: arguments.metrics_listen,
+        traces: arguments.traces.start("openpi-flash-edge")?,
     })
 }
 

@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clap::{ArgGroup, Args};
 use futures_util::FutureExt;
 use openpi_flash_client::{Call, Certified, Client, Error, Fingerprint, Method, Options, Refusal, Trust};
 use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
+use openpi_flash_traces::Traces;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -16,6 +17,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 
+use crate::traces::TraceArguments;
 use crate::{Fatal, read_token, stop_signal};
 
 #[derive(Args)]
@@ -60,6 +62,8 @@ pub struct SidecarArguments {
     /// Silence after which the server counts as gone, in milliseconds.
     #[arg(long, env = "OPENPI_FLASH_IDLE_TIMEOUT_MS", default_value_t = 1_000)]
     idle_timeout_ms: u64,
+    #[command(flatten)]
+    traces: TraceArguments,
 }
 
 const DEFAULT_PORT: u16 = 5555;
@@ -79,7 +83,9 @@ pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
     let (reporter, health) = health_reporter();
     reporter.set_not_serving::<PolicyServer<Forwarder>>().await;
     tokio::spawn(report_health(reporter, client.clone()));
-    let forwarder = PolicyServer::new(Forwarder { client: client.clone() }, max_bytes, stop.clone());
+    let traces = arguments.traces.start("openpi-flash-sidecar")?;
+    let forwarder = Forwarder { client: client.clone(), traces: traces.clone() };
+    let forwarder = PolicyServer::new(forwarder, max_bytes, stop.clone());
     let server = Server::builder()
         .initial_stream_window_size(HTTP2_WINDOW)
         .initial_connection_window_size(HTTP2_WINDOW)
@@ -112,6 +118,7 @@ pub async fn run(arguments: SidecarArguments) -> Result<(), Fatal> {
         }
     }
     client.close().await;
+    traces.shutdown().await;
     Ok(())
 }
 
@@ -129,14 +136,20 @@ async fn at_most_after(
 /// Answers gRPC calls with the server's answers. A call without a session is in the sidecar's own.
 struct Forwarder {
     client: Client,
+    traces: Traces,
 }
 
 impl Handler for Forwarder {
     async fn call(&self, method: Method, body: Bytes, context: CallContext) -> Result<Bytes, Refusal> {
-        let CallContext { timeout, traceparent, tracestate } = context;
+        let CallContext { timeout, mut traceparent, mut tracestate } = context;
+        let now = Instant::now();
+        let mut span = self.traces.begin("sidecar", method.name(), now, (&mut traceparent, &mut tracestate));
+        span.set("request_bytes", i64::try_from(body.len()).unwrap_or(i64::MAX));
         let call = Call { timeout, session: None, traceparent, tracestate };
         let answer = self.client.call(method, body, call).await;
-        answer.map(|answer| answer.body).map_err(|error: Error| error.refusal())
+        let answer = answer.map(|answer| answer.body).map_err(|error: Error| error.refusal());
+        span.end(answer.as_ref().map_or_else(|refusal| refusal.code.name(), |_| "OK"));
+        answer
     }
 }
 

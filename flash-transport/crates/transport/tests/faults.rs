@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use common::{World, body, tokens};
+use futures_util::FutureExt;
 use openpi_flash_client::{Call, Certified, Client, Code, Error, Fingerprint, Trust};
 use openpi_flash_quic::stream::{read_frame, write_frame};
 use openpi_flash_quic::{Tuning, tls};
@@ -226,6 +227,34 @@ async fn a_client_that_says_no_hello_is_closed() {
     stream.write_all(b"hello, world").await.unwrap();
     assert_eq!(closed(&confused).await.0.into_inner(), CloseCode::Protocol as u64);
     world.client().await.infer(body(10), Call::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_mebibyte_has_room_before_the_hello_is_accepted_and_more_after() {
+    let world = World::new().await;
+    let connection = peer(&world).await;
+    let sent = body(1 << 20);
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    // The write ends once all of it may be sent, though no hello was.
+    write_frame(&mut send, &request(sent.len() as u32), sent.clone()).await.unwrap();
+    let mut early = Vec::new();
+    for _ in 0..7 {
+        early.push(connection.open_bi().await.unwrap());
+    }
+    let mut more = Box::pin(connection.open_bi());
+    assert!(more.as_mut().now_or_never().is_none());
+    let mut hello = connection.open_uni().await.unwrap();
+    write_frame(&mut hello, &Hello::default(), Bytes::new()).await.unwrap();
+    let answer = read_frame::<Response>(&mut receive, 2 << 20).await.unwrap();
+    assert!(answer.body.ends_with(&sent));
+    more.await.unwrap();
+    let mut open = Vec::new();
+    for _ in 0..40 {
+        open.push(connection.open_bi().await.unwrap());
+    }
+    let (mut send, _receive) = connection.open_bi().await.unwrap();
+    send.write_all(&encode(&request(4 << 20)).unwrap()).await.unwrap();
+    send.write_all(&body(4 << 20)[..4 << 20]).await.unwrap();
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ pub fn encode<H: Header>(header: &H) -> Result<Bytes, WireError> {
 
 impl<H: Header> Frame<H> {
     /// Reads a frame that is whole. The body is not copied.
-    pub fn from_bytes(bytes: Bytes, max_body_length: usize) -> Result<Self, WireError> {
+    pub fn from_bytes(bytes: &Bytes, max_body_length: usize) -> Result<Self, WireError> {
         let fixed = bytes.get(..H::FIXED).ok_or(WireError::Truncated)?;
         let header_length = H::length(fixed)?;
         let header = H::parse(bytes.get(..header_length).ok_or(WireError::Truncated)?)?;

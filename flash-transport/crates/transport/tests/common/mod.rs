@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use openpi_flash_edge::{
 };
 use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
 use openpi_flash_quic::Tuning;
+use openpi_flash_traces::Traces;
 use openpi_flash_wire::{Code, Method, Refusal};
 use tempfile::TempDir;
 use tokio::net::UnixListener;
@@ -93,6 +94,16 @@ impl Handler for Echo {
     }
 }
 
+/// Serves a gateway at the socket of a folder.
+pub fn serve_gateway(folder: &Path, handler: impl Handler) -> JoinHandle<()> {
+    let listener = UnixListener::bind(folder.join("gateway.sock")).unwrap();
+    let service = PolicyServer::new(handler, 64 << 20, std::future::pending());
+    tokio::spawn(async move {
+        let incoming = UnixListenerStream::new(listener);
+        Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+    })
+}
+
 /// Gateway and edge, and where they keep their files.
 pub struct World {
     pub gateway: Arc<Gateway>,
@@ -113,12 +124,7 @@ impl World {
     pub async fn with(change: impl FnOnce(&mut Settings)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let gateway = Arc::new(Gateway::default());
-        let listener = UnixListener::bind(folder.path().join("gateway.sock")).unwrap();
-        let service = PolicyServer::new(Echo(Arc::clone(&gateway)), 64 << 20, std::future::pending());
-        let upstream = tokio::spawn(async move {
-            let incoming = UnixListenerStream::new(listener);
-            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
-        });
+        let upstream = serve_gateway(folder.path(), Echo(Arc::clone(&gateway)));
         let mut settings = settings(&folder, ([127, 0, 0, 1], 0).into());
         change(&mut settings);
         let edge = Edge::bind(settings).await.unwrap();
@@ -207,6 +213,7 @@ pub fn settings(folder: &TempDir, listen: SocketAddr) -> Settings {
         timeouts: Timeouts::default(),
         tuning: Tuning { keep_alive: None, idle_timeout: Duration::from_secs(10), ..Tuning::default() },
         metrics: None,
+        traces: Traces::default(),
     }
 }
 
