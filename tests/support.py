@@ -33,6 +33,10 @@ class Engine:
         return self.settings["gateway"]["grpc_port"]
 
     @property
+    def quic_port(self) -> int:
+        return self.settings["action_transport"]["quic_port"]
+
+    @property
     def action_port(self) -> int:
         return self.settings["action"]["grpc_port"]
 
@@ -111,7 +115,7 @@ def start_engine(
         [sys.executable, "-m", "openpi_flash_cli", "serve", "--config", str(path)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENPI_FLASH_STATE_DIR": f"{sockets}/state", **(environment or {})},
     )
     engine = Engine(process, settings, [])
 
