@@ -26,6 +26,8 @@ class Engine:
 
     process: subprocess.Popen[str]
     settings: dict[str, Any]
+    settings_file: Path
+    state_dir: str
     log: list[str]
 
     @property
@@ -55,6 +57,12 @@ class Engine:
                 raise AssertionError(f"fewer than {count} of {pattern!r} in the log:\n" + "\n".join(self.log))
             time.sleep(0.02)
 
+    def fingerprint(self) -> str:
+        """Of the edge's certificate, once its log says so."""
+        self.wait_for(r"edge.*fingerprint")
+        found = [match[1] for line in self.log if (match := re.search(r"fingerprint=([0-9a-f]+)", line))]
+        return found[-1]
+
     def child_pid(self, module: str) -> int:
         """The process that runs a service, e.g. `openpi_flash_action`."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -73,6 +81,7 @@ def start_engine(
     slots: Sequence[str] = ("action",),
     planner: dict[str, Any] | None = None,
     telemetry: dict[str, Any] | None = None,
+    gateway: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     **action: Any,
 ) -> Engine:
@@ -80,7 +89,7 @@ def start_engine(
 
     Args:
         slots: of `action` and `planner`, both from the same checkpoint.
-        planner: fields of the `planner` section.
+        planner: fields of the `planner` section; telemetry, gateway: of theirs.
         environment: variables beside those of this process.
         action: fields of the `action` section.
     """
@@ -107,17 +116,27 @@ def start_engine(
             "quic_port": next(ports),  # free for TCP, and so most likely for UDP
             "unix_socket_path": f"{sockets}/{slot}",
         }
-    settings["gateway"] = {"host": "127.0.0.1", "grpc_port": next(ports), "admin": {"port": next(ports)}}
+    own_gateway = {"host": "127.0.0.1", "grpc_port": next(ports), "admin": {"port": next(ports)}}
+    settings["gateway"] = own_gateway | (gateway or {})
     settings["telemetry"] = telemetry or {}
-    path = directory / "settings.json"
+    return _start(settings, directory / "settings.json", f"{sockets}/state", environment or {})
+
+
+def start_engine_again(engine: Engine, gateway: dict[str, Any]) -> Engine:
+    """Starts an engine that has ended once more, with other fields of the `gateway` section."""
+    settings = {**engine.settings, "gateway": engine.settings["gateway"] | gateway}
+    return _start(settings, engine.settings_file, engine.state_dir, {})
+
+
+def _start(settings: dict[str, Any], path: Path, state_dir: str, environment: dict[str, str]) -> Engine:
     path.write_text(json.dumps(settings))
     process = subprocess.Popen(
         [sys.executable, "-m", "openpi_flash_cli", "serve", "--config", str(path)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENPI_FLASH_STATE_DIR": f"{sockets}/state", **(environment or {})},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENPI_FLASH_STATE_DIR": state_dir, **environment},
     )
-    engine = Engine(process, settings, [])
+    engine = Engine(process, settings, path, state_dir, [])
 
     def read() -> None:
         assert process.stderr is not None
