@@ -162,16 +162,7 @@ def _time_websocket(arguments: argparse.Namespace) -> Calls:
 def _time_grpc(arguments: argparse.Namespace) -> Calls:
     from openpi_flash_client import GrpcPolicy
 
-    with GrpcPolicy(
-        arguments.host,
-        arguments.port or 50051,
-        ca_file=arguments.ca_file,
-        insecure_plaintext=arguments.insecure_plaintext,
-        token=arguments.token,
-        connect_timeout_s=arguments.timeout,
-        timeout_s=arguments.timeout,
-    ) as policy:
-        return _time_policy(policy, arguments)
+    return _time_policy(GrpcPolicy, 50051, arguments, insecure_plaintext=arguments.insecure_plaintext)
 
 
 def _time_quic(arguments: argparse.Namespace) -> Calls:
@@ -179,30 +170,23 @@ def _time_quic(arguments: argparse.Namespace) -> Calls:
         from openpi_flash_client import FlashTransportPolicy
     except ImportError as error:
         raise SettingsError(str(error)) from error
+    trust = {"fingerprint": arguments.fingerprint, "insecure_skip_verify": arguments.insecure_skip_verify}
     try:
-        policy = FlashTransportPolicy(
-            arguments.host,
-            arguments.port or 5555,
-            ca_file=arguments.ca_file,
-            fingerprint=arguments.fingerprint,
-            insecure_skip_verify=arguments.insecure_skip_verify,
-            token=arguments.token,
-            connect_timeout_s=arguments.timeout,
-            timeout_s=arguments.timeout,
-        )
+        return _time_policy(FlashTransportPolicy, 5555, arguments, **trust)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    with policy:
-        return _time_policy(policy, arguments)
 
 
-def _time_policy(policy: "RemotePolicy", arguments: argparse.Namespace) -> Calls:
+def _time_policy(make: Callable[..., "RemotePolicy"], port: int, arguments: argparse.Namespace, **trust: Any) -> Calls:
     """A policy that says itself what it wants to be sent."""
-    metadata = policy.get_server_metadata()
-    specs: dict[str, Any] = {}
-    for spec in metadata["image_specs"]:
-        size = (spec["height"], spec["width"])
-        specs[spec["path"]] = (3, *size) if spec["layout"].endswith("CHW") else (*size, 3)
-    for spec in metadata["tensor_specs"]:
-        specs[spec["path"]] = tuple(spec["shape"])
-    return _time_calls(policy.infer, specs, arguments.prompt)
+    timeouts = {"connect_timeout_s": arguments.timeout, "timeout_s": arguments.timeout}
+    port = arguments.port or port
+    with make(arguments.host, port, ca_file=arguments.ca_file, token=arguments.token, **timeouts, **trust) as policy:
+        metadata = policy.get_server_metadata()
+        specs: dict[str, Any] = {}
+        for spec in metadata["image_specs"]:
+            size = (spec["height"], spec["width"])
+            specs[spec["path"]] = (3, *size) if spec["layout"].endswith("CHW") else (*size, 3)
+        for spec in metadata["tensor_specs"]:
+            specs[spec["path"]] = tuple(spec["shape"])
+        return _time_calls(policy.infer, specs, arguments.prompt)
