@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
+.PHONY: help demo edge install test lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -119,6 +119,10 @@ stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT
 
 edge: Cargo.lock ## The QUIC edge and sidecar: target/release/openpi-flash-transport
 	cargo build --release --locked --package openpi-flash-transport
+
+wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels in dist/
+	for package in proto clients/python flash-transport/crates/python flash-transport/crates/transport; do \
+		$(UV) build --quiet --wheel --python '>=3.11,<3.14' --build-constraints requirements/build.txt -o dist $$package; done
 
 lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock
