@@ -148,10 +148,15 @@ impl Client {
         let client = shared.client.clone();
         let task = runtime.spawn(async move {
             // Preparing and calling back may take long, and the connection lives in this thread.
-            let outcome = match tokio::task::spawn_blocking(move || message.finish()).await {
-                Ok(Ok(body)) => client.call(method, body.into(), call).await.map_err(Failure::Call),
-                Ok(Err(error)) => Err(Failure::Pictures(error)),
-                Err(_) => return,
+            let prepared = if message.is_ready() {
+                message.finish()
+            } else {
+                let Ok(prepared) = tokio::task::spawn_blocking(move || message.finish()).await else { return };
+                prepared
+            };
+            let outcome = match prepared {
+                Ok(body) => client.call(method, body.into(), call).await.map_err(Failure::Call),
+                Err(error) => Err(Failure::Pictures(error)),
             };
             tokio::task::spawn_blocking(move || call_back(&done, outcome));
         });

@@ -133,6 +133,11 @@ impl Message {
         Ok(())
     }
 
+    /// Whether there is nothing left to prepare.
+    pub fn is_ready(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
     /// The whole message, once every picture is prepared, several at a time.
     pub fn finish(mut self) -> Result<Vec<u8>, Unprepared> {
         let waiting = std::mem::take(&mut self.waiting);
