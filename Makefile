@@ -7,6 +7,7 @@ UV_VERSION := 0.13.8
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .cache/uv/bin/uv)
 PY := .venv/bin/python
 SOURCES := $(shell git ls-files --cached --others --exclude-standard '*pyproject.toml' 'proto/*.proto' proto/hatch_build.py)
+RUST_SOURCES := $(shell git ls-files --cached --others --exclude-standard '*Cargo.toml' 'flash-transport/crates/*/src/*.rs')
 
 # Rust, from where it is, or else below .cache.
 ifeq ($(shell cargo --version 2>/dev/null),)
@@ -16,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs lock clean
+.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -40,17 +41,19 @@ Cargo.lock: requirements/cargo.lock | $(CARGO)
 	mv $@.new $@
 
 # An environment is installed from a lock of exact versions and hashes; the workspace's own packages are editable.
+# Whether those of Rust have changed, cargo knows.
+RUST_PACKAGES := openpi-flash-transport openpi-flash-edge
 define install
 	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.14' .venv
-	$(UV) pip install --quiet --python .venv -r requirements/$(1).txt --build-constraints requirements/build.txt
+	$(UV) pip install --quiet --python .venv -r requirements/$(1).txt --build-constraints requirements/build.txt $(2)
 	@touch $@
 endef
 
 .venv/.demo: requirements/demo.txt requirements/build.txt $(SOURCES) | $(filter .cache/%,$(UV))
 	$(call install,demo)
 
-.venv/.dev: requirements/dev.txt requirements/build.txt $(SOURCES) | $(filter .cache/%,$(UV))
-	$(call install,dev)
+.venv/.dev: requirements/dev.txt requirements/build.txt $(SOURCES) $(RUST_SOURCES) Cargo.lock | $(filter .cache/%,$(UV))
+	$(call install,dev,$(addprefix --reinstall-package ,$(RUST_PACKAGES)))
 
 # openpi's own client, unmodified, in an environment of its own: it needs an older numpy than ours.
 STOCK_CLIENT := .cache/openpi-client-env/.done
@@ -62,11 +65,10 @@ $(STOCK_CLIENT): requirements/openpi-client.txt | $(filter .cache/%,$(UV))
 demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like pictures (no GPU, no PyTorch)
 	.venv/bin/openpi-flash demo
 
-install: .venv/.dev ## Everything into .venv, both backends
+install: .venv/.dev ## Everything into .venv: both backends, the QUIC client and edge
 
 test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
-	cargo build --package openpi-flash-transport --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
@@ -128,10 +130,14 @@ stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT
 edge: Cargo.lock ## The QUIC edge and sidecar: target/release/openpi-flash-transport
 	cargo build --release --locked --package openpi-flash-transport
 
+wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels in dist/
+	for package in proto clients/python flash-transport/crates/python flash-transport/crates/transport; do \
+		$(UV) build --quiet --wheel --python '>=3.11,<3.14' --build-constraints requirements/build.txt -o dist $$package; done
+
 lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock
 	(echo "# Versions of what builds the workspace's own packages: made by \`make lock\`."; \
-		printf 'hatchling==1.33.0\ngrpcio-tools==1.74.0\n' | $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -) > requirements/build.txt
+		printf 'hatchling==1.33.0\ngrpcio-tools==1.74.0\nmaturin==1.16.0\n' | $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -) > requirements/build.txt
 	$(UV) export --quiet --no-header --no-annotate --group dev -o requirements/dev.txt >/dev/null
 	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
 

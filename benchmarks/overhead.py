@@ -4,6 +4,7 @@ Arms, each called in turn in short blocks, so that a noisy moment of the machine
   openpi      openpi-client and a `websockets` server that calls the policy in its own process (stock/server.py)
   websocket   openpi-client and our gateway and action service
   grpc        openpi_flash_client.GrpcPolicy and our gateway and action service
+  quic        openpi_flash_client.FlashTransportPolicy, our edge, and the same gateway and action service
 The policy, the observation (three 224x224x3 uint8 cameras) and the machine are the same. Measured twice: with a model
 that answers at once, and with a tiny one that takes the processor, and its caches, between any two requests, as a model
 on an accelerator would not.
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 from openpi_flash_cli.demo import free_ports
+from openpi_flash_cli.edge import find_binary
 from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import make_tiny_policy
-from openpi_flash_client import GrpcPolicy
+from openpi_flash_client import FlashTransportPolicy, GrpcPolicy
 
 HERE = Path(__file__).parent
 STOCK_PYTHON = HERE.parent / ".cache/openpi-client-env/bin/python"
@@ -68,7 +70,7 @@ def measure(model: str, blocks: int, calls: int) -> dict[str, dict[str, float]]:
 
 def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
     tiny = make_tiny_policy(directory, robot="three_cameras", layout="torch")
-    stock_port, websocket_port, grpc_port, action_port = free_ports(4)
+    stock_port, websocket_port, grpc_port, action_port, quic_port = free_ports(5)
     settings = {
         "action": {
             "model_config_name": str(tiny.policy_file),
@@ -88,6 +90,11 @@ def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
     action = [HERE / "instant.py"] if model == "instant" else ["-m", "openpi_flash_action"]
     for program in (action, ["-m", "openpi_flash_gateway"]):
         stack.enter_context(running([sys.executable, *program, "--config", path]))
+    binary = find_binary()
+    assert binary is not None, "`make install` brings the edge"
+    edge = [binary, "server", "--action-upstream", f"unix:{directory / 's'}"]
+    edge += ["--action-listen", f"127.0.0.1:{quic_port}", "--state-dir", directory, "--log-level", "error"]
+    stack.enter_context(running(edge))
     arguments = [tiny.policy_file, tiny.checkpoint_dir, str(stock_port), str(NUM_STEPS), model]
     server = stack.enter_context(running([sys.executable, HERE / "stock" / "server.py", *arguments]))
     assert server.stdout is not None
@@ -95,16 +102,20 @@ def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
     observation = {name: camera_picture(i, 0, height=224, width=224) for i, name in enumerate(CAMERAS)}
     observation["state"] = np.linspace(-0.5, 0.5, 8)
     np.savez(directory / "observation.npz", **observation)
-    client = stack.enter_context(GrpcPolicy("127.0.0.1", grpc_port, connect_timeout_s=180))
     observation = {**observation, "prompt": PROMPT}
+    grpc = stack.enter_context(GrpcPolicy("127.0.0.1", grpc_port, connect_timeout_s=180))
+    quic = stack.enter_context(
+        FlashTransportPolicy("127.0.0.1", quic_port, insecure_skip_verify=True, connect_timeout_s=180)
+    )
     return {
         "openpi": stock_client(stack, stock_port, directory),
         "websocket": stock_client(stack, websocket_port, directory),
-        "grpc": lambda count: [time_call(client, observation) for _ in range(count)],
+        "grpc": lambda count: [time_call(grpc, observation) for _ in range(count)],
+        "quic": lambda count: [time_call(quic, observation) for _ in range(count)],
     }
 
 
-def time_call(client: GrpcPolicy, observation: dict) -> list[float]:
+def time_call(client: GrpcPolicy | FlashTransportPolicy, observation: dict) -> list[float]:
     started = time.perf_counter()
     answer = client.infer(observation)
     return [(time.perf_counter() - started) * 1e3, answer["policy_timing"]["infer_ms"]]

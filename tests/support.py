@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from openpi_flash_cli.demo import free_ports
+from openpi_flash_cli.edge import find_binary
 from openpi_flash_cli.tiny import TinyPolicy
 
 READY = "Service ready"
@@ -27,11 +28,17 @@ class Engine:
 
     process: subprocess.Popen[str]
     settings: dict[str, Any]
+    settings_file: Path
+    state_dir: str
     log: list[str]
 
     @property
     def grpc_port(self) -> int:
         return self.settings["gateway"]["grpc_port"]
+
+    @property
+    def quic_port(self) -> int:
+        return self.settings["action_transport"]["quic_port"]
 
     @property
     def action_port(self) -> int:
@@ -52,6 +59,12 @@ class Engine:
                 raise AssertionError(f"fewer than {count} of {pattern!r} in the log:\n" + "\n".join(self.log))
             time.sleep(0.02)
 
+    def fingerprint(self) -> str:
+        """Of the edge's certificate, once its log says so."""
+        self.wait_for(r"edge.*fingerprint")
+        found = [match[1] for line in self.log if (match := re.search(r"fingerprint=([0-9a-f]+)", line))]
+        return found[-1]
+
     def child_pid(self, module: str) -> int:
         """The process that runs a service, e.g. `openpi_flash_action`."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -70,6 +83,7 @@ def start_engine(
     slots: Sequence[str] = ("action",),
     planner: dict[str, Any] | None = None,
     telemetry: dict[str, Any] | None = None,
+    gateway: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     **action: Any,
 ) -> Engine:
@@ -77,7 +91,7 @@ def start_engine(
 
     Args:
         slots: of `action` and `planner`, both from the same checkpoint.
-        planner: fields of the `planner` section.
+        planner: fields of the `planner` section; telemetry, gateway: of theirs.
         environment: variables beside those of this process.
         action: fields of the `action` section.
     """
@@ -104,17 +118,27 @@ def start_engine(
             "quic_port": next(ports),  # free for TCP, and so most likely for UDP
             "unix_socket_path": f"{sockets}/{slot}",
         }
-    settings["gateway"] = {"host": "127.0.0.1", "grpc_port": next(ports), "admin": {"port": next(ports)}}
+    own_gateway = {"host": "127.0.0.1", "grpc_port": next(ports), "admin": {"port": next(ports)}}
+    settings["gateway"] = own_gateway | (gateway or {})
     settings["telemetry"] = telemetry or {}
-    path = directory / "settings.json"
+    return _start(settings, directory / "settings.json", f"{sockets}/state", environment or {})
+
+
+def start_engine_again(engine: Engine, gateway: dict[str, Any]) -> Engine:
+    """Starts an engine that has ended once more, with other fields of the `gateway` section."""
+    settings = {**engine.settings, "gateway": engine.settings["gateway"] | gateway}
+    return _start(settings, engine.settings_file, engine.state_dir, {})
+
+
+def _start(settings: dict[str, Any], path: Path, state_dir: str, environment: dict[str, str]) -> Engine:
     path.write_text(json.dumps(settings))
     process = subprocess.Popen(
         [sys.executable, "-m", "openpi_flash_cli", "serve", "--config", str(path)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENPI_FLASH_STATE_DIR": state_dir, **environment},
     )
-    engine = Engine(process, settings, [])
+    engine = Engine(process, settings, path, state_dir, [])
 
     def read() -> None:
         assert process.stderr is not None
@@ -126,10 +150,9 @@ def start_engine(
 
 
 def transport_binary() -> Path:
-    """The program of edge and sidecar, as `make test` builds it."""
-    path = Path(os.environ.get("CARGO_TARGET_DIR", Path(__file__).parents[1] / "target"))
-    path /= "debug/openpi-flash-transport"
-    assert path.exists(), "cargo build --package openpi-flash-transport, which `make test` does, too"
+    """The program of edge and sidecar, which `make install` puts beside Python."""
+    path = find_binary()
+    assert path is not None
     return path
 
 
@@ -140,16 +163,10 @@ def sidecar(
     """A sidecar's gRPC port."""
     (port,) = free_ports(1)
     server = f"127.0.0.1:{engine.settings[f'{slot}_transport']['quic_port']}"
-    trust = ["--fingerprint", pin or _fingerprint(engine)]
+    trust = ["--fingerprint", pin or engine.fingerprint()]
     process = subprocess.Popen([binary, "client", server, "--listen", f"127.0.0.1:{port}", *trust, *options])
     try:
         yield port
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-
-
-def _fingerprint(engine: Engine) -> str:
-    engine.wait_for(r"edge.*fingerprint")
-    found = [match[1] for line in engine.log if (match := re.search(r"fingerprint=([0-9a-f:]+)", line))]
-    return found[-1]

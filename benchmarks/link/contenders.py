@@ -5,6 +5,7 @@ All servers have the same policy, which answers at once, so that what is left is
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import openpi_flash_client
 from openpi_flash_cli.edge import BINARY, BINARY_VARIABLE, edge_program, find_binary
 from openpi_flash_cli.tiny import TinyPolicy, make_tiny_policy
 from openpi_flash_common.settings import load_settings
@@ -25,6 +25,8 @@ from benchmarks.link.link import Link, Namespace
 HERE = Path(__file__).parent
 STOCK_PYTHON = HERE.parents[1] / ".cache/openpi-client-env/bin/python"
 """Interpreter of an environment with openpi-client and nothing of openpi-flash; `make bench-link` makes it."""
+EXTENSION = "openpi_flash_transport"
+"""Module of Rust in FlashTransportPolicy."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 PICTURES = {"3x224x224": (224, 224), "3x480x640": (480, 640)}
@@ -53,10 +55,10 @@ class Contender:
     @property
     def missing(self) -> str | None:
         """Why it cannot take part here; None: it can."""
-        if self.client == "quic" and not hasattr(openpi_flash_client, "FlashTransportPolicy"):
-            return "not built: openpi_flash_client has no FlashTransportPolicy"
+        if self.client == "quic" and importlib.util.find_spec(EXTENSION) is None:
+            return f"not installed: {EXTENSION}"
         if self.client in ("quic", "sidecar") and transport_binary() is None:
-            return f"not built: no {BINARY} on the path, and {BINARY_VARIABLE} is not set"
+            return f"not built: no {BINARY} on the path or beside this Python, and {BINARY_VARIABLE} is not set"
         if not Path(self.python).exists():
             return f"not installed: {self.python}"
         return None

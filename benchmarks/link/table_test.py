@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import openpi_flash_client
 import pytest
 
 from benchmarks.link import contenders, photographs, table
@@ -57,9 +56,9 @@ def test_pictures_change_from_call_to_call() -> None:
 
 
 def test_a_contender_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(openpi_flash_client, "FlashTransportPolicy", raising=False)
-    assert QUIC.missing == "not built: openpi_flash_client has no FlashTransportPolicy"
-    monkeypatch.setattr(openpi_flash_client, "FlashTransportPolicy", object, raising=False)
+    monkeypatch.setattr(contenders, "EXTENSION", "no_such_module")
+    assert QUIC.missing == "not installed: no_such_module"
+    monkeypatch.setattr(contenders, "EXTENSION", "json")
     monkeypatch.setattr(contenders, "transport_binary", lambda: None)
     for contender in (QUIC, SIDECAR):
         assert "OPENPI_FLASH_TRANSPORT_BINARY is not set" in str(contender.missing)

@@ -52,7 +52,7 @@ def write_settings(directory: Path) -> tuple[Path, int]:
     from openpi_flash_cli.tiny import make_tiny_policy
 
     tiny = make_tiny_policy(directory)
-    grpc_port, action_port, websocket_port = free_ports(3)
+    grpc_port, action_port, websocket_port, quic_port = free_ports(4)
     settings: dict[str, Any] = {
         "action": {
             "model_config_name": str(tiny.policy_file),
@@ -64,6 +64,7 @@ def write_settings(directory: Path) -> tuple[Path, int]:
         },
         "action_transport": {
             "websocket_port": websocket_port,
+            "quic_port": quic_port,
             "unix_socket_path": str(directory / "openpi-action.sock"),
         },
         "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port, "admin": None},

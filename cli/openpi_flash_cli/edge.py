@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from openpi_flash_common.settings import EngineSettings, SettingsError
@@ -13,14 +14,16 @@ BINARY = "openpi-flash-transport"
 
 
 def find_binary() -> Path | None:
-    """The program that the environment names, or the one on the path; None: there is none, and no QUIC.
+    """The program that the environment names, or the one on the path or beside this Python; None: there is none, and no
+    QUIC.
 
     Raises:
         SettingsError: the environment names one that is not there.
     """
     named = os.environ.get(BINARY_VARIABLE)
     if not named:
-        found = shutil.which(BINARY)
+        # A virtual environment's programs are not on the path unless it has been activated.
+        found = shutil.which(BINARY) or shutil.which(BINARY, path=Path(sys.executable).parent)
         return Path(found) if found else None
     if not os.access(named, os.X_OK):
         raise SettingsError(f"{BINARY_VARIABLE}: {named}: no program that can be run")

@@ -1,6 +1,7 @@
 """The edge's command line, and where its program is looked for."""
 
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,15 @@ def test_certificates_and_tokens_are_the_gateways(tmp_path):
 def test_where_the_program_is_looked_for(tmp_path, monkeypatch, capsys):
     settings = EngineSettings.model_validate({"action": ACTION})
     monkeypatch.delenv(BINARY_VARIABLE, raising=False)
+    environment = tmp_path / "venv/bin"
+    environment.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(environment / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert [program.name for program in programs(settings, tmp_path)] == ["action", "gateway"]
     assert "QUIC is not served" in capsys.readouterr().err
-    binary = tmp_path / "openpi-flash-transport"
-    binary.touch(mode=0o700)
-    assert find_binary() == binary
+    for binary in (environment / "openpi-flash-transport", tmp_path / "openpi-flash-transport"):
+        binary.touch(mode=0o700)
+        assert find_binary() == binary
     assert [program.name for program in programs(settings, tmp_path)] == ["action", "gateway", "edge"]
     monkeypatch.setenv(BINARY_VARIABLE, str(tmp_path / "other"))
     with pytest.raises(SettingsError, match="other: no program that can be run"):

@@ -1,16 +1,20 @@
-"""`openpi-flash test ws|grpc HOST`: where the time of a call to a running server goes."""
+"""`openpi-flash test ws|grpc|quic HOST`: where the time of a call to a running server goes."""
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from openpi_flash_common.settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
 from openpi_flash_cli.scene import camera_picture
+
+if TYPE_CHECKING:
+    from openpi_flash_client.remote import RemotePolicy
 
 TIMED_CALLS = 5
 
@@ -41,16 +45,22 @@ ROBOTS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "transport", choices=("ws", "grpc"), help="ws: openpi's WebSocket protocol; grpc: PolicyService"
+        "transport",
+        choices=("ws", "grpc", "quic"),
+        help="ws: openpi's WebSocket protocol; grpc: PolicyService; quic: the same over QUIC",
     )
     parser.add_argument("host", help="name or address of the server")
-    parser.add_argument("--port", type=int, help="default: 8000 for ws, 50051 for grpc")
+    parser.add_argument("--port", type=int, help="default: 8000 for ws, 50051 for grpc, 5555 for quic")
     parser.add_argument(
         "--robot", choices=tuple(ROBOTS), default="droid", help="observation to send over ws (%(default)s)"
     )
     parser.add_argument("--prompt", default="pick up the red cup")
     parser.add_argument("--token", help="bearer token, where the server asks for one")
     parser.add_argument("--ca-file", help="PEM file of the CA of the server's certificate; turns TLS on")
+    parser.add_argument("--fingerprint", help="of the server's certificate, as the server logs it, for quic")
+    parser.add_argument(
+        "--insecure-skip-verify", action="store_true", help="trust any certificate over quic: protects from nobody"
+    )
     parser.add_argument("--insecure-plaintext", action="store_true", help="allow grpc without TLS to another machine")
     parser.add_argument(
         "--timeout", type=float, default=60, metavar="S", help="most seconds for one call (%(default)s)"
@@ -58,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    calls = {"ws": _time_websocket, "grpc": _time_grpc}[arguments.transport](arguments)
+    calls = {"ws": _time_websocket, "grpc": _time_grpc, "quic": _time_quic}[arguments.transport](arguments)
     print_report(f"{arguments.transport}://{arguments.host}", calls)
     return 0
 
@@ -152,15 +162,26 @@ def _time_websocket(arguments: argparse.Namespace) -> Calls:
 def _time_grpc(arguments: argparse.Namespace) -> Calls:
     from openpi_flash_client import GrpcPolicy
 
-    with GrpcPolicy(
-        arguments.host,
-        arguments.port or 50051,
-        ca_file=arguments.ca_file,
-        insecure_plaintext=arguments.insecure_plaintext,
-        token=arguments.token,
-        connect_timeout_s=arguments.timeout,
-        timeout_s=arguments.timeout,
-    ) as policy:
+    return _time_policy(GrpcPolicy, 50051, arguments, insecure_plaintext=arguments.insecure_plaintext)
+
+
+def _time_quic(arguments: argparse.Namespace) -> Calls:
+    try:
+        from openpi_flash_client import FlashTransportPolicy
+    except ImportError as error:
+        raise SettingsError(str(error)) from error
+    trust = {"fingerprint": arguments.fingerprint, "insecure_skip_verify": arguments.insecure_skip_verify}
+    try:
+        return _time_policy(FlashTransportPolicy, 5555, arguments, **trust)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _time_policy(make: Callable[..., "RemotePolicy"], port: int, arguments: argparse.Namespace, **trust: Any) -> Calls:
+    """A policy that says itself what it wants to be sent."""
+    timeouts = {"connect_timeout_s": arguments.timeout, "timeout_s": arguments.timeout}
+    port = arguments.port or port
+    with make(arguments.host, port, ca_file=arguments.ca_file, token=arguments.token, **timeouts, **trust) as policy:
         metadata = policy.get_server_metadata()
         specs: dict[str, Any] = {}
         for spec in metadata["image_specs"]:

@@ -37,6 +37,9 @@ def programs(settings: EngineSettings, directory: Path) -> list[Program]:
     services = [Program(name, (sys.executable, "-m", f"openpi_flash_{name}")) for name in (*settings.slots, "gateway")]
     binary = find_binary()
     if binary is None:
-        print(f"no {BINARY} on the path, and {BINARY_VARIABLE} is not set: QUIC is not served", file=sys.stderr)
+        print(
+            f"no {BINARY} on the path or beside this Python, and {BINARY_VARIABLE} is not set: QUIC is not served",
+            file=sys.stderr,
+        )
         return services
     return [*services, edge_program(settings, binary, directory)]

@@ -27,3 +27,10 @@ def test_generated_stubs(engine: Engine):
     output = run("generated_stubs.py", f"127.0.0.1:{engine.grpc_port}")
     assert output.count("[") == 16  # 15 rows in a matrix
     assert "in the action service" in output
+
+
+def test_async_robots(engine: Engine):
+    lines = run("async_robots.py", "127.0.0.1", str(engine.quic_port), engine.fingerprint()).splitlines()
+    assert len(lines) == 16
+    assert all(": 15 actions in " in line for line in lines[:-1])
+    assert lines[-1] == "cancelled: True"

@@ -1,4 +1,9 @@
-"""Python client of openpi-flash for robots."""
+"""Python client of openpi-flash for robots.
+
+`FlashTransportPolicy` needs the extra `quic`, the package openpi-flash-transport; the rest does not.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from openpi_flash_client.errors import (
     AuthenticationError,
@@ -11,6 +16,9 @@ from openpi_flash_client.errors import (
 )
 from openpi_flash_client.policy import GrpcPolicy
 
+if TYPE_CHECKING:
+    from openpi_flash_client.quic import FlashTransportPolicy as FlashTransportPolicy
+
 __all__ = [
     "AuthenticationError",
     "FailedPreconditionError",
@@ -21,3 +29,11 @@ __all__ = [
     "ServerBusyError",
     "UnavailableError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FlashTransportPolicy":
+        from openpi_flash_client.quic import FlashTransportPolicy
+
+        return FlashTransportPolicy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,17 +4,23 @@ With `prefetch` steps left, the next chunk is asked for in the background, from 
 takes over, its first steps lie in the past: they are left out, one for each call since.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from openpi_flash_client.waiting import at_once, run
+
 HORIZON_VARIABLE = "OPENPI_OPEN_LOOP_HORIZON"
 
 Infer = Callable[[Mapping[str, Any]], dict[str, Any]]
+InferAsync = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+
+_Future = concurrent.futures.Future[dict[str, Any]] | asyncio.Future[dict[str, Any]]
 
 
 def default_horizon() -> int | None:
@@ -32,7 +38,7 @@ def default_horizon() -> int | None:
 
 
 class ActionChunks:
-    """Serves the steps of one robot's chunks. Not for several threads at once."""
+    """Serves the steps of one robot's chunks, to a thread or to an event loop. Not for several of them at once."""
 
     def __init__(self, horizon: int, *, prefetch: int = 0) -> None:
         """
@@ -51,7 +57,7 @@ class ActionChunks:
         self._prefetch = prefetch
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "openpi-prefetch") if prefetch else None
         self._chunk: dict[str, Any] | None = None
-        self._next: concurrent.futures.Future[dict[str, Any]] | None = None
+        self._next: _Future | None = None
         self._step = self._end = 0  # of the chunk: the next step, and the one before which the next chunk takes over
         self._age = 0  # calls since the next chunk was asked for
         self._prompt: Any = None
@@ -69,25 +75,28 @@ class ActionChunks:
             ValueError: the policy's chunks are shorter than the horizon.
             PolicyError: there is no chunk, and why.
         """
-        prompt = observation.get("prompt")
-        if not _equal(prompt, self._prompt):
-            self.reset()
-            self._prompt = prompt
-        if self._chunk is None or self._step >= self._end:
-            self._take_over(observation, ask)
-        chunk, step = self._chunk, self._step
-        assert chunk is not None  # noqa: S101 - taken over above, or raised
-        self._step += 1
-        if self._next is not None:
-            self._age += 1
-        elif self._executor is not None and self._step >= self._end - self._prefetch:
-            self._next = self._executor.submit(ask, dict(observation))
-            self._age = 1
-        return {**chunk, "actions": chunk["actions"][step]}
+
+        def begin(later: Mapping[str, Any]) -> _Future:
+            assert self._executor is not None  # noqa: S101 - there is a prefetch
+            return self._executor.submit(ask, later)
+
+        return run(self._infer(observation, at_once(ask), begin, _result))
+
+    async def infer_async(self, observation: Mapping[str, Any], ask: InferAsync) -> dict[str, Any]:
+        """`infer` for an event loop: the next chunk is asked for in a task of its own."""
+
+        def begin(later: Mapping[str, Any]) -> _Future:
+            task = asyncio.ensure_future(ask(later))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # then it is asked for again
+            return task
+
+        return await self._infer(observation, ask, begin, _wait)
 
     def reset(self) -> None:
         """Drops the chunk, and the one that was asked for."""
-        self._chunk = self._next = None
+        asked, self._chunk, self._next = self._next, None, None
+        if asked is not None:
+            asked.cancel()
 
     def close(self) -> None:
         """Waits for nothing; what was asked for is dropped."""
@@ -95,18 +104,51 @@ class ActionChunks:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _take_over(self, observation: Mapping[str, Any], ask: Infer) -> None:
+    async def _infer(
+        self,
+        observation: Mapping[str, Any],
+        ask: InferAsync,
+        begin: Callable[[Mapping[str, Any]], _Future],
+        result: Callable[[Any], Awaitable[dict[str, Any]]],
+    ) -> dict[str, Any]:
+        prompt = observation.get("prompt")
+        if not _equal(prompt, self._prompt):
+            self.reset()
+            self._prompt = prompt
+        if self._chunk is None or self._step >= self._end:
+            await self._take_over(observation, ask, result)
+        chunk, step = self._chunk, self._step
+        assert chunk is not None  # noqa: S101 - taken over above, or raised
+        self._step += 1
+        if self._next is not None:
+            self._age += 1
+        elif self._prefetch and self._step >= self._end - self._prefetch:
+            self._next = begin(dict(observation))
+            self._age = 1
+        return {**chunk, "actions": chunk["actions"][step]}
+
+    async def _take_over(
+        self, observation: Mapping[str, Any], ask: InferAsync, result: Callable[[Any], Awaitable[dict[str, Any]]]
+    ) -> None:
         asked, self._next, self._chunk = self._next, None, None
         chunk, first = None, 0
         if asked is not None:
             with contextlib.suppress(Exception):  # asked for again, now, and then it is the caller's
-                chunk, first = asked.result(), self._age
+                chunk, first = await result(asked), self._age
         if chunk is None or first >= len(chunk["actions"]):
-            chunk, first = ask(observation), 0
+            chunk, first = await ask(observation), 0
         length = len(chunk["actions"])
         if self._horizon > length:
             raise ValueError(f"open_loop_horizon: {self._horizon}; the policy's chunks have {length} steps")
         self._chunk, self._step, self._end = chunk, first, min(first + self._horizon, length)
+
+
+async def _result(asked: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
+    return asked.result()
+
+
+async def _wait(asked: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
+    return await asked
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -1,5 +1,6 @@
 """Which step of which chunk a robot carries out."""
 
+import asyncio
 import threading
 from typing import Any
 
@@ -94,3 +95,34 @@ def test_the_environment_sets_the_horizon(monkeypatch):
     monkeypatch.setenv("OPENPI_OPEN_LOOP_HORIZON", "many")
     with pytest.raises(ValueError, match="OPENPI_OPEN_LOOP_HORIZON: 'many'"):
         default_horizon()
+
+
+async def test_an_event_loop_gets_the_same_steps():
+    ask, chunks = Chunks(), ActionChunks(4, prefetch=2)
+
+    async def ask_async(observation: Any) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return ask(observation)
+
+    taken = []
+    for time in range(20):
+        taken.append((await chunks.infer_async({"time": time}, ask_async))["actions"].tolist())
+    assert taken == drive(ActionChunks(4, prefetch=2), Chunks(), range(20))
+    chunks.close()
+
+
+async def test_in_an_event_loop_a_prefetch_that_failed_is_asked_for_again():
+    ask, chunks = Chunks(), ActionChunks(3, prefetch=1)
+
+    async def ask_async(observation: Any) -> dict[str, Any]:
+        return ask(observation)
+
+    for time in range(2):
+        await chunks.infer_async({"time": time}, ask_async)
+    ask.error = RuntimeError("away")
+    await chunks.infer_async({"time": 2}, ask_async)
+    with pytest.raises(RuntimeError, match="away"):
+        await chunks.infer_async({"time": 3}, ask_async)
+    ask.error = None
+    assert (await chunks.infer_async({"time": 3}, ask_async))["actions"].tolist() == [3, 0]
+    chunks.close()

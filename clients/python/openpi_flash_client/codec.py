@@ -9,6 +9,7 @@ from google.protobuf.json_format import MessageToDict
 from openpi_flash.v1 import inference_pb2, types_pb2
 
 from openpi_flash_client.errors import InvalidArgumentError
+from openpi_flash_client.pictures import Cameras, pick
 
 MODES = {
     "default": inference_pb2.MODE_DEFAULT,
@@ -27,10 +28,13 @@ _SUBTASK_STATUS = {
 }
 
 
-def write_request(request: inference_pb2.InferRequest, observation: Mapping[str, Any]) -> None:
+def write_request(request: inference_pb2.InferRequest, observation: Mapping[str, Any], cameras: Cameras) -> list[Any]:
     """Fills in a request. Nested maps become names joined by `/`.
 
     Not part of the observation are the top-level keys `prompt`, `mode`, `seed`, `noise` and `num_steps`.
+
+    Returns:
+        the pictures of `cameras`, which are left out: they have to be prepared.
 
     Raises:
         InvalidArgumentError: an entry or option that cannot be sent, naming it.
@@ -54,11 +58,16 @@ def write_request(request: inference_pb2.InferRequest, observation: Mapping[str,
     prompt = entries.pop("prompt", None)
     if prompt is not None:
         request.observation.prompt = _text(prompt)
-    tensors = request.observation.tensors
+    tensors, pictures = request.observation.tensors, {}
     for name, value in _flatten(entries, ""):
-        if name in tensors:
+        if name in tensors or name in pictures:
             raise InvalidArgumentError(f"{name}: appears twice, nested and as one key", field=name)
-        _write_tensor(tensors[name], value, name)
+        picture = pick(name, value, cameras[name]) if name in cameras else None
+        if picture is not None:
+            pictures[name] = picture
+        else:
+            _write_tensor(tensors[name], value, name)
+    return list(pictures.values())
 
 
 def read_response(response: inference_pb2.InferResponse) -> dict[str, Any]:

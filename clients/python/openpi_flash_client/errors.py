@@ -56,7 +56,7 @@ class UnavailableError(PolicyError, ConnectionError):
 
 
 class AuthenticationError(PolicyError, PermissionError):
-    """The server does not accept the token."""
+    """The server does not accept the token, or one end does not trust the other's certificate."""
 
     code = "UNAUTHENTICATED"
 

@@ -10,73 +10,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from openpi_flash.v1 import inference_pb2, policy_pb2_grpc, types_pb2
+from openpi_flash.v1 import inference_pb2, types_pb2
 
 import openpi_flash_client
 from openpi_flash_client import GrpcPolicy
+from openpi_flash_client.conftest import ACTIONS, FakeServer
 
-ACTIONS = np.arange(6.0).reshape(2, 3)
 CERTIFICATES = Path(__file__).parents[3] / "tests/data/tls"
-
-
-class FakeServer(policy_pb2_grpc.PolicyServiceServicer):
-    """Answers ACTIONS plus the seed. `behave` may do something else with a request first."""
-
-    def __init__(self) -> None:
-        self.received: list[inference_pb2.InferStreamRequest] = []
-        self.metadata: list[dict[str, Any]] = []
-        self.num_streams = 0
-        self.behave: Callable[[inference_pb2.InferStreamRequest, Any], types_pb2.Error | None] = lambda *_: None
-        self.port = 0
-        self._server: Any = None
-
-    def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, self._server)
-        address = f"127.0.0.1:{self.port}"
-        if credentials:
-            self.port = self._server.add_secure_port(address, credentials)
-        else:
-            self.port = self._server.add_insecure_port(address)
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop(None).wait()
-
-    def InferStream(self, requests: Any, context: Any) -> Iterator[inference_pb2.InferStreamResponse]:
-        self.num_streams += 1
-        self.metadata.append(dict(context.invocation_metadata()))
-        for request in requests:
-            self.received.append(request)
-            error = self.behave(request, context)
-            answer = inference_pb2.InferStreamResponse(request_id=request.request_id, error=error)
-            if error is None:
-                actions = ACTIONS + request.request.seed
-                answer.response.tensors["actions"].MergeFrom(
-                    types_pb2.Tensor(dtype=types_pb2.DTYPE_FLOAT64, shape=actions.shape, data=actions.tobytes())
-                )
-                answer.response.timing.MergeFrom(types_pb2.Timing(model_ms=5, total_ms=7, batch_size=1))
-            yield answer
-
-    def GetMetadata(self, *_: Any) -> inference_pb2.GetMetadataResponse:
-        metadata = inference_pb2.GetMetadataResponse(model_config_name="pi05_droid", action_horizon=2)
-        metadata.policy_metadata.update({"reset_pose": [0.5, -1.5]})
-        metadata.image_specs.add(path="images/cam_high", height=224)
-        return metadata
-
-    def Reset(self, request: inference_pb2.ResetRequest, context: Any) -> inference_pb2.ResetResponse:
-        if request.session_id == "unknown":
-            context.set_trailing_metadata((("openpi-error-field-bin", b"session_id"),))
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "session_id: unknown")
-        return inference_pb2.ResetResponse()
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    server = FakeServer()
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ impl Client {
         let link = client.inner.link().await?;
         link.confirmed().await;
         link.explored().await;
-        Ok(client)
+        link.refused().map_or(Ok(client), Err)
     }
 
     /// The session of calls that name none.

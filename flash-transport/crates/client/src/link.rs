@@ -36,8 +36,8 @@ pub(crate) struct Link {
 /// What a connection has found its path to be like.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Path {
-    /// Bytes per second.
-    rate: f64,
+    /// Bytes per second; none where it is as good as what is assumed.
+    rate: Option<f64>,
     redundancy: Redundancy,
 }
 
@@ -71,7 +71,7 @@ impl Link {
         early: bool,
         path: Option<Path>,
     ) -> Result<Self, Error> {
-        if let Some(Path { rate, .. }) = path {
+        if let Some(rate) = path.and_then(|path| path.rate) {
             let known = BurstConfig { initial_rate: rate, max_initial_window: u64::MAX, ..BurstConfig::default() };
             let tuning = Tuning { congestion: Arc::new(known), ..options.tuning.clone() };
             config.transport_config(Arc::new(tuning.transport()));
@@ -123,9 +123,12 @@ impl Link {
         });
         let (explore, explored) = watch::channel(path.is_some());
         tokio::spawn({
-            let messages = messages.clone();
+            let (messages, connection) = (messages.clone(), connection.clone());
             async move {
-                let _ = timeout(EXPLORATION_TIMEOUT, messages.probe()).await;
+                tokio::select! {
+                    _ = timeout(EXPLORATION_TIMEOUT, messages.probe()) => {}
+                    _ = connection.closed() => {}
+                }
                 explore.send_replace(true);
             }
         });
@@ -137,10 +140,16 @@ impl Link {
         let _ = self.explored.clone().wait_for(|explored| *explored).await;
     }
 
-    /// What the connection has found its path to be like; nothing before a burst has shown it.
+    /// Why the connection has ended, where another would end in the same way.
+    pub fn refused(&self) -> Option<Error> {
+        let reason = self.connection.close_reason()?;
+        Some(Error::from_connection(&self.server, &reason)).filter(|error| !error.is_passing())
+    }
+
+    /// What the connection has found its path to be like; nothing before that is known.
     pub fn path(&self) -> Option<Path> {
-        let rate = measured_rate(self.connection.congestion_state())?;
-        Some(Path { rate, redundancy: self.messages.redundancy() })
+        let rate = measured_rate(self.connection.congestion_state());
+        self.explored.borrow().then(|| Path { rate, redundancy: self.messages.redundancy() })
     }
 
     /// Resolves when the handshake is over, or the connection.

@@ -63,7 +63,10 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
         () = early.gather(&connection) => Err((CloseCode::Done, "it left before its hello".into())),
         _ = draining.wait_for(|draining| *draining) => Err((CloseCode::Reconnect, "the server is stopping".into())),
     };
+    let confirmed = accepted.shared();
     if let Err((reason, message)) = greeted {
+        // Told during the handshake, as one that resumes would be, a client does not learn the reason.
+        let _ = timeout(context.timeouts.handshake, confirmed).await;
         tracing::info!(slot = context.slot, peer = %connection.remote_address(), "client refused: {message}");
         connection.close(code(reason), message.as_bytes());
         return;
@@ -75,7 +78,7 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
     let client = Arc::new(Client {
         session: format!("quic-{:016x}", fastrand::u64(..)),
         bytes: Budget::within(&context.bytes, context.limits.connection_bytes),
-        confirmed: accepted.shared(),
+        confirmed,
         messages: Messages::new(connection.clone(), message_limits(&context), Redundancy::default()),
         context: Arc::clone(&context),
     });

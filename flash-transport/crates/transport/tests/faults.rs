@@ -74,7 +74,7 @@ async fn a_token_admits_and_another_does_not() {
     for (token, reason) in [("wrong", "not one that this server accepts"), ("", "asks for a token")] {
         options.token = token.into();
         let error = refused(options.clone()).await;
-        assert_eq!(error.code(), Code::Unauthenticated);
+        assert_eq!(error.code(), Code::Unauthenticated, "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
     good.infer(body(10), Call::default()).await.unwrap();

@@ -16,7 +16,7 @@ mod close;
 pub mod envelope;
 mod frame;
 mod header;
-mod protobuf;
+pub mod protobuf;
 mod status;
 
 pub use close::CloseCode;
