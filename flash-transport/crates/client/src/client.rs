@@ -128,8 +128,7 @@ impl Client {
     pub fn new(options: Options) -> Result<Self, Error> {
         warm_up();
         let crypto = tls_config(&options.trust, options.certificate.as_ref())?;
-        let mut config = ClientConfig::new(Arc::new(crypto));
-        config.transport_config(Arc::new(options.tuning.transport()));
+        let config = ClientConfig::new(Arc::new(crypto));
         let session = options.session.clone().unwrap_or_else(|| format!("client-{:016x}", fastrand::u64(..)));
         let server = format!("{}:{}", options.host, options.port).into();
         let connected = watch::Sender::new(false);
@@ -173,7 +172,8 @@ impl Client {
         self.call(Method::GetMetadata, Bytes::new(), call).await
     }
 
-    /// Any of the three. When this future is dropped, the server drops the work.
+    /// Any of the three; metadata, which are what a client asks for first, once it is known, too, what the connection
+    /// carries. When this future is dropped, the server drops the work.
     pub async fn call(&self, method: Method, body: Bytes, call: Call) -> Result<Answer, Error> {
         let inner = &self.inner;
         let time = call.timeout.unwrap_or(inner.options.call_timeout);
@@ -227,6 +227,9 @@ impl Inner {
             request.timeout_ms = u32::try_from(left).unwrap_or(u32::MAX).max(1);
             match link.request(request, body.clone(), self.options.max_answer_bytes).await {
                 Ok(frame) => {
+                    if request.method == Method::GetMetadata {
+                        link.explored().await;
+                    }
                     return match frame.header.refusal {
                         Some(refusal) => Err(refusal.into()),
                         None => Ok(Answer {

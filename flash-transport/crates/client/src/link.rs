@@ -10,7 +10,7 @@ use bytes::Bytes;
 use openpi_flash_congestion::{BurstConfig, measured_rate};
 use openpi_flash_quic::messages::{Delivery, Limits, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
 use openpi_flash_quic::stream::{ReadFault, read_frame, write, write_frame};
-use openpi_flash_quic::{ExactRuntime, Tuning, code, socket};
+use openpi_flash_quic::{ExactRuntime, MAX_PACKET, accept_large_packets, code, socket};
 use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response, encode};
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream, WriteError,
@@ -71,16 +71,22 @@ impl Link {
         early: bool,
         path: Option<Path>,
     ) -> Result<Self, Error> {
+        let mut tuning = options.tuning.clone();
         if let Some(rate) = path.and_then(|path| path.rate) {
             let known = BurstConfig { initial_rate: rate, max_initial_window: u64::MAX, ..BurstConfig::default() };
-            let tuning = Tuning { congestion: Arc::new(known), ..options.tuning.clone() };
-            config.transport_config(Arc::new(tuning.transport()));
+            tuning.congestion = Arc::new(known);
         }
+        if address.ip().is_loopback() {
+            tuning.max_packet = MAX_PACKET;
+        }
+        config.transport_config(Arc::new(tuning.transport()));
         let hello = Hello { token: options.token.clone() };
         let server_name = options.server_name.as_deref().unwrap_or(&options.host);
         let invalid = |reason: String| Error::Unavailable { server: server.to_string(), reason };
         let socket = bind(address).map_err(|error| invalid(error.to_string()))?;
-        let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, Arc::new(ExactRuntime))
+        let mut endpoint = EndpointConfig::default();
+        accept_large_packets(&mut endpoint);
+        let endpoint = Endpoint::new(endpoint, None, socket, Arc::new(ExactRuntime))
             .map_err(|error| invalid(error.to_string()))?;
         let connecting = endpoint
             .connect_with(config, address, server_name)
@@ -178,12 +184,17 @@ impl Link {
         let Exchange { send, receive, .. } = &mut exchange;
         let head = encode(request).map_err(|error| Fault::Final(Error::Invalid(error.to_string())))?;
         let sent = async {
-            let message = [&*head, &*body].concat().into();
-            self.wrote(write(send, &mut [head]).await).await?;
-            if self.messages.send(id, message).await == Delivery::UseStream {
-                self.wrote(write(send, &mut [body]).await).await?;
-                let _ = send.finish(); // it fails for a stream that is reset, which the answer will tell
+            let mut rest = [head.clone(), body];
+            if self.messages.worthwhile() {
+                let message = rest.concat().into();
+                self.wrote(write(send, &mut [head]).await).await?;
+                if self.messages.send(id, message).await == Delivery::Complete {
+                    return Ok(());
+                }
+                rest[0].clear();
             }
+            self.wrote(write(send, &mut rest).await).await?;
+            let _ = send.finish(); // it fails for a stream that is reset, which the answer will tell
             Ok(())
         };
         let failed = async {

@@ -25,8 +25,8 @@
 
 use std::time::{Duration, Instant};
 
-/// Packets below which a sample says too little.
-const MIN_SAMPLE_PACKETS: u32 = 16;
+/// Bytes below which a sample says too little: sixteen packets of the smallest size.
+const MIN_SAMPLE_BYTES: u64 = 16 * 1200;
 /// Share of lost bytes that is the bottleneck's doing.
 const HEAVY_LOSS: f64 = 0.08;
 /// Round trips this much longer at a burst's end than at its beginning are a queue of its own making.
@@ -41,6 +41,8 @@ const SHARED_GAIN: f64 = 1.6;
 const BACKOFF: f64 = 0.85;
 const MIN_RESTRAINT: f64 = 1.0 / GAIN;
 const RECOVERY: f64 = 1.01;
+/// The least round trip that the window is made for: on shorter ones both ends' schedulers are what takes time.
+const MIN_ROUND_TRIP: Duration = Duration::from_millis(4);
 /// How long the least round trip is remembered, at least; twice that at most.
 const MEMORY: Duration = Duration::from_secs(10);
 /// Least window: two of the pacer's smallest bursts, in packets.
@@ -103,7 +105,6 @@ struct Batch {
     /// The shortest.
     round_trip: Duration,
     bytes: u64,
-    packets: u32,
 }
 
 /// What was acknowledged after a first batch, which is where bytes and time are counted from.
@@ -114,7 +115,6 @@ struct Sample {
     last_sent: Instant,
     last_acked: Instant,
     bytes: u64,
-    packets: u32,
     /// Of the last batch.
     round_trip: Duration,
 }
@@ -180,11 +180,10 @@ impl Burst {
         }
         self.newest_sent = self.newest_sent.max(Some(sent));
         self.tally.acked += bytes;
-        let batch = self.batch.get_or_insert(Batch { newest_sent: sent, round_trip, bytes: 0, packets: 0 });
+        let batch = self.batch.get_or_insert(Batch { newest_sent: sent, round_trip, bytes: 0 });
         batch.newest_sent = batch.newest_sent.max(sent);
         batch.round_trip = batch.round_trip.min(round_trip);
         batch.bytes += bytes;
-        batch.packets += 1;
     }
 
     /// That was the last of the packets acknowledged together; `in_flight` bytes are still out.
@@ -194,7 +193,6 @@ impl Burst {
             sample.last_sent = sample.last_sent.max(batch.newest_sent);
             sample.last_acked = now;
             sample.bytes += batch.bytes;
-            sample.packets += batch.packets;
             sample.round_trip = batch.round_trip;
         } else {
             self.sample = Some(Sample {
@@ -203,12 +201,11 @@ impl Burst {
                 last_sent: batch.newest_sent,
                 last_acked: now,
                 bytes: 0,
-                packets: 0,
                 round_trip: batch.round_trip,
             });
         }
         let full = self.sample.is_some_and(|sample| {
-            sample.packets >= MIN_SAMPLE_PACKETS && now - sample.first_acked >= self.base.unwrap_or_default()
+            sample.bytes >= MIN_SAMPLE_BYTES && now - sample.first_acked >= self.base.unwrap_or_default()
         });
         if full || in_flight == 0 {
             self.close();
@@ -254,7 +251,7 @@ impl Burst {
     fn close(&mut self) {
         let Some(sample) = self.sample.take() else { return };
         let acked_time = (sample.last_acked - sample.first_acked).as_secs_f64();
-        if sample.packets < MIN_SAMPLE_PACKETS || acked_time == 0.0 {
+        if sample.bytes < MIN_SAMPLE_BYTES || acked_time == 0.0 {
             return;
         }
         let tally = std::mem::take(&mut self.tally);
@@ -280,7 +277,7 @@ impl Burst {
         let (Some(base), Some(floor)) = (self.base, self.floor) else { return };
         let shared = queues(floor.current.min(floor.previous), base);
         let gain = self.restraint * if shared { SHARED_GAIN } else { GAIN };
-        let window = gain * self.rate * base.as_secs_f64();
+        let window = gain * self.rate * base.max(MIN_ROUND_TRIP).as_secs_f64();
         self.window = (window as u64).clamp(MIN_WINDOW_PACKETS * self.mtu, self.config.max_window);
     }
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use openpi_flash_quic::messages::warm_up;
-use openpi_flash_quic::{code, socket, tls};
+use openpi_flash_quic::{accept_large_packets, code, socket, tls};
 use openpi_flash_wire::CloseCode;
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
 use quinn_proto::HashedConnectionIdGenerator;
@@ -178,6 +178,7 @@ fn retry(incoming: Incoming) -> &'static str {
 fn endpoint_config(settings: &Settings) -> EndpointConfig {
     let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &settings.identity.reset_key);
     let mut config = EndpointConfig::new(Arc::new(reset_key));
+    accept_large_packets(&mut config);
     let connection_id_key = settings.identity.connection_id_key;
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(connection_id_key)));
     config

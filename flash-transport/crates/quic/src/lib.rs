@@ -9,7 +9,7 @@ mod tuning;
 
 use openpi_flash_wire::CloseCode;
 pub use runtime::ExactRuntime;
-pub use tuning::{Congestion, Tuning};
+pub use tuning::{Congestion, MAX_PACKET, Tuning, accept_large_packets};
 
 /// A reason to close as QUIC's number.
 pub fn code(code: CloseCode) -> quinn::VarInt {

@@ -22,6 +22,9 @@ use crate::tuning::DATAGRAM_SEND_BUFFER;
 /// Words of the receiver that a sender has not yet looked at. More are a peer's mischief, and dropped.
 const FEEDBACK_QUEUE: usize = 8;
 
+/// Below this what is lost is sent again sooner than all of a message could be coded.
+const SHORT_ROUND_TRIP: Duration = Duration::from_millis(1);
+
 /// Id of the message that only explores the path; no stream has it.
 const PROBE: u32 = u32::MAX;
 
@@ -72,6 +75,9 @@ impl Messages {
     pub async fn send(&self, id: u32, message: Bytes) -> Delivery {
         let inner = &*self.inner;
         let Some(longest) = inner.connection.max_datagram_size() else { return Delivery::UseStream };
+        if !self.worthwhile() {
+            return Delivery::UseStream;
+        }
         let redundancy = lock(&inner.outgoing).redundancy;
         let Ok(sender) = Sender::new(id, message, longest, &redundancy) else { return Delivery::UseStream };
         let (registration, feedback) = Registration::new(inner, id);
@@ -79,6 +85,11 @@ impl Messages {
         let delivery = inner.send(sender, feedback).await.unwrap_or(Delivery::UseStream);
         drop(registration);
         delivery
+    }
+
+    /// Whether the path is one on which messages arrive sooner than on a stream.
+    pub fn worthwhile(&self) -> bool {
+        self.inner.connection.rtt() >= SHORT_ROUND_TRIP
     }
 
     /// Sends what tells of the path's rate and losses before the first large message needs to know.

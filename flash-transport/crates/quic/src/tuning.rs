@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use openpi_flash_congestion::BurstConfig;
 use quinn::congestion::ControllerFactory;
-use quinn::{AckFrequencyConfig, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 /// Makes a congestion controller for each connection.
 pub type Congestion = Arc<dyn ControllerFactory + Send + Sync>;
@@ -25,6 +25,13 @@ const DATAGRAM_RECEIVE_BUFFER: usize = 2 << 20;
 /// is given up leaves nothing behind.
 pub(crate) const DATAGRAM_SEND_BUFFER: usize = 64 << 10;
 
+/// Largest packet that is taken, in bytes of UDP payload: a jumbo frame's.
+pub const MAX_PACKET: u16 = 8972;
+
+/// Largest packet that is tried unless told otherwise: what an Ethernet frame holds behind IPv6. Trying more delays what
+/// nearly every path permits.
+const ETHERNET_PACKET: u16 = 1452;
+
 /// What of the transport can be set. The defaults are those of a robot's end.
 #[derive(Clone)]
 pub struct Tuning {
@@ -38,6 +45,8 @@ pub struct Tuning {
     pub connection_window: u32,
     /// Most streams at once that the peer may open, in each direction: (bidirectional, unidirectional).
     pub streams: (u32, u32),
+    /// Largest packet that is tried, in bytes of UDP payload, up to [`MAX_PACKET`].
+    pub max_packet: u16,
     /// How fast to send.
     pub congestion: Congestion,
 }
@@ -50,6 +59,7 @@ impl Default for Tuning {
             stream_window: 4 << 20,
             connection_window: 8 << 20,
             streams: (0, 0),
+            max_packet: ETHERNET_PACKET,
             congestion: Arc::new(BurstConfig::default()),
         }
     }
@@ -70,10 +80,13 @@ impl Tuning {
         let mut acks = AckFrequencyConfig::default();
         acks.max_ack_delay(Some(MAX_ACK_DELAY));
         let idle_ms = u32::try_from(self.idle_timeout.as_millis()).unwrap_or(u32::MAX);
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(self.max_packet);
         let mut config = TransportConfig::default();
         config
             .initial_rtt(INITIAL_RTT)
             .ack_frequency_config(Some(acks))
+            .mtu_discovery_config(Some(discovery))
             .keep_alive_interval(self.keep_alive)
             .max_idle_timeout(Some(VarInt::from_u32(idle_ms).into()))
             .stream_receive_window(self.stream_window.into())
@@ -85,4 +98,10 @@ impl Tuning {
             .congestion_controller_factory(Arc::clone(&self.congestion));
         config
     }
+}
+
+/// Lets packets of up to [`MAX_PACKET`] in.
+pub fn accept_large_packets(config: &mut EndpointConfig) {
+    let accepted = config.max_udp_payload_size(MAX_PACKET);
+    debug_assert!(accepted.is_ok(), "a size that QUIC permits");
 }
