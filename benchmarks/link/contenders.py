@@ -141,8 +141,8 @@ def _write_settings(
 def _start_edge(namespace: Namespace, settings: Path) -> None:
     binary = transport_binary()
     assert binary is not None  # or the contender would not take part
-    state = settings.parent / "edge"
-    state.mkdir(exist_ok=True)
+    state = settings.with_suffix(".edge")
+    state.mkdir()
     program = edge_program(load_settings(settings, {}), binary, state)
     _start(namespace, [*program.argv, "--state-dir", state])
 

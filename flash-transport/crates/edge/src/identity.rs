@@ -1,12 +1,13 @@
 //! What makes an edge the same after a restart: its certificate, and the keys that let clients notice the restart.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use openpi_flash_quic::tls::Certified;
 use ring::rand::{SecureRandom, SystemRandom};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::EdgeError;
 
@@ -36,6 +37,9 @@ impl Identity {
     /// Without `certified` it has a self-signed certificate for `names`, made at the first start.
     pub fn load_or_create(folder: &Path, certified: Option<Certified>, names: &[String]) -> Result<Self, EdgeError> {
         fs::create_dir_all(folder).map_err(|error| problem(folder, &error))?;
+        // Of two edges that start at once in one folder, one makes what both have.
+        let lock = File::open(folder).map_err(|error| problem(folder, &error))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(|error| problem(folder, &error))?;
         let certified = match certified {
             Some(certified) => certified,
             None => self_signed(folder, names)?,
@@ -88,4 +92,23 @@ fn write(path: &Path, content: &[u8]) -> Result<(), EdgeError> {
 
 fn problem(path: &Path, problem: &impl ToString) -> EdgeError {
     EdgeError::File { path: path.into(), problem: problem.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn edges_that_start_at_once_have_one_identity() {
+        let folder = tempfile::tempdir().unwrap();
+        let load = || Identity::load_or_create(folder.path(), None, &["localhost".into()]).unwrap();
+        let identities = thread::scope(|scope| {
+            let edges: Vec<_> = (0..8).map(|_| scope.spawn(load)).collect();
+            edges.into_iter().map(|edge| edge.join().unwrap()).collect::<Vec<_>>()
+        });
+        let facts = |identity: &Identity| (identity.certified.fingerprint(), identity.reset_key);
+        assert!(identities.iter().all(|identity| facts(identity) == facts(&identities[0])));
+    }
 }
