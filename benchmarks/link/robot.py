@@ -50,13 +50,20 @@ def sidecar(host: str, port: int) -> tuple[Policy, Callable[[], None]]:
     command = [os.environ["OPENPI_FLASH_TRANSPORT_BINARY"], "--log-level", "error", "client", f"{host}:{port}"]
     process = subprocess.Popen([*command, "--listen", f"unix:{socket}", "--insecure-skip-verify"])
 
-    def close() -> None:
-        policy.close()
+    def end() -> None:
         process.terminate()
         process.wait()
         directory.cleanup()
 
-    policy = GrpcPolicy(unix_socket=socket, timeout_s=CALL_TIMEOUT_S)
+    def close() -> None:
+        policy.close()
+        end()
+
+    try:
+        policy = GrpcPolicy(unix_socket=socket, timeout_s=CALL_TIMEOUT_S)
+    except BaseException:
+        end()
+        raise
     return policy, close
 
 

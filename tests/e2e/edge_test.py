@@ -107,6 +107,19 @@ def test_what_is_not_right_is_said_by_the_server(engine, binary, observation):
     assert messages[:2] == messages[2:]
 
 
+def test_a_sidecar_on_a_unix_socket(engine, binary, observation, tmp_path):
+    server = f"127.0.0.1:{engine.quic_port}"
+    socket = tmp_path / "policy.sock"
+    command = [binary, "client", server, "--listen", f"unix:{socket}", "--fingerprint", engine.fingerprint()]
+    process = subprocess.Popen(command)
+    try:
+        with GrpcPolicy(unix_socket=socket) as policy:
+            assert policy.infer(observation, seed=7)["actions"].shape[0] > 1
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
 def test_the_planners_own_port(engine, binary, observation):
     with sidecar(binary, engine, "planner") as port, GrpcPolicy("127.0.0.1", port) as policy:
         through_sidecar = policy.infer(observation)

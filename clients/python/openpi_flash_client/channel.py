@@ -44,7 +44,8 @@ def open_channel(
         raise ValueError("certificates are of no use with insecure_plaintext or unix_socket: those are plain text")
     if unix_socket is not None:
         address = f"unix:{unix_socket}"
-        return grpc.insecure_channel(address, _OPTIONS), address
+        # gRPC would name the socket's path, which servers in Rust, as the sidecar, refuse as no name of a host.
+        return grpc.insecure_channel(address, (*_OPTIONS, ("grpc.default_authority", "localhost"))), address
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     options = (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if _is_loopback(host) else _OPTIONS
     if insecure_plaintext or (_is_loopback(host) and not secured):
