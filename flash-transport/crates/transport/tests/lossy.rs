@@ -64,33 +64,42 @@ async fn relay(near: Arc<UdpSocket>, server: SocketAddr, weather: Arc<Weather>) 
         if weather.move_client.swap(false, Ordering::SeqCst) {
             ways.clear();
         }
-        if !ways.contains_key(&client) {
-            let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap());
-            far.connect(server).await.unwrap();
-            let mut back = JoinSet::new();
-            let (near, far_end, weather, random) =
-                (Arc::clone(&near), Arc::clone(&far), Arc::clone(&weather), Arc::clone(&random));
-            back.spawn(async move {
-                let mut packet = [0; MAX_PACKET];
-                while let Ok(length) = far_end.recv(&mut packet).await {
-                    let near = Arc::clone(&near);
-                    if survives(&weather, &random, length).await {
-                        let packet = packet[..length].to_vec();
-                        tokio::spawn(async move {
-                            sleep(DELAY).await;
-                            let _ = near.send_to(&packet, client).await;
-                        });
-                    }
-                }
-            });
-            ways.insert(client, (far, back));
-        }
-        let far = Arc::clone(&ways[&client].0);
+        let far = match ways.get(&client) {
+            Some((far, _)) => Arc::clone(far),
+            None => {
+                let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap());
+                far.connect(server).await.unwrap();
+                let mut back = JoinSet::new();
+                let (near, random, weather) = (Arc::clone(&near), Arc::clone(&random), Arc::clone(&weather));
+                back.spawn(relay_back(Arc::clone(&far), near, client, weather, random));
+                ways.insert(client, (Arc::clone(&far), back));
+                far
+            }
+        };
         if survives(&weather, &random, length).await {
             let packet = packet[..length].to_vec();
             tokio::spawn(async move {
                 sleep(DELAY).await;
                 let _ = far.send(&packet).await;
+            });
+        }
+    }
+}
+
+async fn relay_back(
+    far: Arc<UdpSocket>,
+    near: Arc<UdpSocket>,
+    client: SocketAddr,
+    weather: Arc<Weather>,
+    random: Arc<Mutex<fastrand::Rng>>,
+) {
+    let mut packet = [0; MAX_PACKET];
+    while let Ok(length) = far.recv(&mut packet).await {
+        if survives(&weather, &random, length).await {
+            let (near, packet) = (Arc::clone(&near), packet[..length].to_vec());
+            tokio::spawn(async move {
+                sleep(DELAY).await;
+                let _ = near.send_to(&packet, client).await;
             });
         }
     }
