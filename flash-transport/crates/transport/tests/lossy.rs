@@ -18,6 +18,7 @@ use tokio::time::sleep;
 /// One way; error correction is used where a round trip takes a millisecond or more.
 const DELAY: Duration = Duration::from_millis(4);
 const MAX_PACKET: usize = 2048;
+const CALLS: u64 = 12;
 
 /// What happens to packets on their way, in both directions.
 #[derive(Default)]
@@ -124,7 +125,7 @@ async fn a_lossy_link_is_crossed_by_datagrams() {
     let link = Link::to(world.address).await;
     link.weather.loss.store(50, Ordering::SeqCst);
     let client = link.client(&world).await;
-    const CALLS: u64 = 12;
+
     for call in 0..CALLS {
         let sent = body(40_000 + 17 * call as usize);
         let answer = client.infer(sent.clone(), Call::default()).await.unwrap();
