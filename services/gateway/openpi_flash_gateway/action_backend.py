@@ -62,7 +62,7 @@ class ActionReplica(Replica):
 
         Raises:
             ServiceError: the action service's refusal.
-            NoAnswerError: a stream ended before the answer came.
+            _NoAnswerError: a stream ended before the answer came.
         """
         with self.busy():
             return await self._exchange(self._open() if on_new_stream else self._take(), body, deadline, trace)
@@ -80,18 +80,18 @@ class ActionReplica(Replica):
             await call.write(wire.write_stream_request(wire.StreamRequest(request_id, time_left_ms, *trace, body)))
             answer = await call.read()
         except grpc.aio.AioRpcError as error:
-            raise NoAnswerError(error.code(), from_rpc_error(error)) from error
+            raise _NoAnswerError(error.code(), from_rpc_error(error)) from error
         except asyncio.InvalidStateError as error:  # the stream had ended before the request was written
-            raise NoAnswerError(grpc.StatusCode.UNAVAILABLE, UnavailableError("the stream had ended")) from error
+            raise _NoAnswerError(grpc.StatusCode.UNAVAILABLE, UnavailableError("the stream had ended")) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and not task.cancelling():  # grpc's way to say that the peer ended the stream so
                 lost = UnavailableError("the action service cancelled the stream")
-                raise NoAnswerError(grpc.StatusCode.CANCELLED, lost) from error
+                raise _NoAnswerError(grpc.StatusCode.CANCELLED, lost) from error
             call.cancel()  # out of time or given up: the action service is to drop the work
             raise
         if answer is grpc.aio.EOF:
-            raise NoAnswerError(grpc.StatusCode.UNAVAILABLE, UnavailableError("the action service ended the stream"))
+            raise _NoAnswerError(grpc.StatusCode.UNAVAILABLE, UnavailableError("the action service ended the stream"))
         answered_id, result = wire.read_stream_response(answer)
         if answered_id != request_id:  # never hand a robot another moment's actions
             call.cancel()
@@ -112,7 +112,7 @@ class ActionReplica(Replica):
         return self._stream_method(metadata=self._call_metadata)
 
 
-class NoAnswerError(Exception):
+class _NoAnswerError(Exception):
     """A stream ended before the answer came."""
 
     def __init__(self, code: grpc.StatusCode, error: ServiceError) -> None:
@@ -138,9 +138,8 @@ class ActionBackend(Replicas[ActionReplica]):
     @property
     def metadata(self) -> inference_pb2.GetMetadataResponse:
         """What a ready replica says of itself; while none is ready, what one last said."""
-        for replica in self.replicas:
-            if not replica.not_ready_reason:
-                self._metadata = replica.metadata
+        for replica in self.ready:
+            self._metadata = replica.metadata
         return self._metadata
 
     async def infer(self, body: wire.Pieces, deadline: float, trace: TraceContext = NO_TRACE) -> memoryview:
@@ -163,14 +162,14 @@ class ActionBackend(Replicas[ActionReplica]):
             async with asyncio.timeout(deadline - time.monotonic()):
                 try:
                     return await replica.infer(body, deadline, trace)
-                except NoAnswerError as lost:
+                except _NoAnswerError as lost:
                     if lost.code not in _RETRYABLE or _is_malformed(body):
                         raise
                     logger.info("no answer from the %s, trying again: %s", replica.name, lost.error.message)
                 return await self.pick(other_than=replica).infer(body, deadline, trace, on_new_stream=True)
         except TimeoutError:
             raise DeadlineExceededError("the request's time ran out before the action service had answered") from None
-        except NoAnswerError as lost:
+        except _NoAnswerError as lost:
             if _is_malformed(body):
                 raise InvalidArgumentError("the request is not a valid openpi_flash.v1.InferRequest") from lost
             raise lost.error from lost
@@ -178,8 +177,8 @@ class ActionBackend(Replicas[ActionReplica]):
     async def reset(self, request: bytes, deadline: float, trace: TraceContext = NO_TRACE) -> bytes:
         """Has every ready replica forget a session, a serialized ResetRequest; returns a ResetResponse. Raises
         ServiceErrors."""
-        ready = [replica for replica in self.replicas if not replica.not_ready_reason] or [self.pick()]
-        return (await asyncio.gather(*(replica.call("Reset", request, deadline, trace) for replica in ready)))[0]
+        replicas = self.ready or (self.pick(),)
+        return (await asyncio.gather(*(replica.call("Reset", request, deadline, trace) for replica in replicas)))[0]
 
 
 def _is_malformed(body: wire.Pieces) -> bool:

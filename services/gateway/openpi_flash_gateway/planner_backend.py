@@ -85,9 +85,8 @@ class PlannerBackend(Replicas[PlannerReplica]):
     @property
     def metadata(self) -> planner_pb2.GetPlannerMetadataResponse:
         """What a ready replica says of itself; while none is ready, what one last said."""
-        for replica in self.replicas:
-            if not replica.not_ready_reason:
-                self._metadata = replica.metadata
+        for replica in self.ready:
+            self._metadata = replica.metadata
         return self._metadata
 
     async def generate(

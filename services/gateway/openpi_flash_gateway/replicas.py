@@ -94,6 +94,11 @@ class Replicas(Generic[ReplicaT]):
         return tuple(self._replicas.values())
 
     @property
+    def ready(self) -> Sequence[ReplicaT]:
+        """Those that answer requests now."""
+        return tuple(replica for replica in self._replicas.values() if not replica.not_ready_reason)
+
+    @property
     def not_ready_reason(self) -> str:
         """Why no request can be answered now, for people; empty: a replica is ready."""
         reasons = [replica.not_ready_reason for replica in self._replicas.values()]
@@ -110,7 +115,7 @@ class Replicas(Generic[ReplicaT]):
         Raises:
             UnavailableError: none is ready; says why.
         """
-        ready = [replica for replica in self._replicas.values() if not replica.not_ready_reason]
+        ready = self.ready
         if not ready:
             raise UnavailableError(self.not_ready_reason)
         picked = min(ready, key=lambda replica: (replica is other_than, replica.num_in_flight, replica.last_picked))

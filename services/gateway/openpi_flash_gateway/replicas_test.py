@@ -37,7 +37,7 @@ async def running_backend(tmp_path: Path, addresses: str, ready: int) -> AsyncIt
     backend = ActionBackend(settings.gateway, settings.action_address or "")
     watch = asyncio.create_task(backend.watch(ignore))
     try:
-        await until(lambda: num_ready(backend) == ready, "replicas to be ready")
+        await until(lambda: len(backend.ready) == ready, "replicas to be ready")
         yield backend
     finally:
         watch.cancel()
@@ -50,10 +50,6 @@ async def ignore() -> None: ...
 
 def addresses(services: Sequence[FakeActionService]) -> str:
     return ",".join(f"127.0.0.1:{service.port}" for service in services)
-
-
-def num_ready(backend: ActionBackend) -> int:
-    return sum(not replica.not_ready_reason for replica in backend.replicas)
 
 
 async def until(condition, what: str) -> None:
@@ -101,7 +97,7 @@ async def test_a_replica_that_goes_costs_no_request_and_gets_its_share_when_it_r
             robot.cancel()
         await second.stop()
         await first.stop()
-        await until(lambda: num_ready(backend) == 0, "none to be ready")
+        await until(lambda: len(backend.ready) == 0, "none to be ready")
         with pytest.raises(UnavailableError, match="action service at 127"):
             await infer(backend)
 
@@ -126,7 +122,7 @@ async def test_replicas_are_looked_for_behind_a_name(services, tmp_path, monkeyp
     async with running_backend(tmp_path, "action.internal:50052", ready=1) as backend:
         await infer(backend)
         behind_name.append(second)  # as an autoscaler does; the connection to the first stays as it is
-        await until(lambda: num_ready(backend) == 2, "the second to be found")
+        await until(lambda: len(backend.ready) == 2, "the second to be found")
         for _ in range(4):
             await infer(backend)
         assert sorted(len(service.received) for service in services) == [2, 3]

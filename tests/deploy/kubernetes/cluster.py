@@ -53,7 +53,8 @@ class Cluster:
         return found if name else found["items"]
 
     def apply(self, *objects: Mapping[str, Any]) -> None:
-        self.run("kubectl", "apply", "--filename=-", stdin=yaml.safe_dump_all(objects))
+        if objects:
+            self.run("kubectl", "apply", "--filename=-", stdin=yaml.safe_dump_all(objects))
 
     def add_node(
         self, name: str, *, gpus: int = 0, labels: Mapping[str, str] | None = None, tainted: bool = False
