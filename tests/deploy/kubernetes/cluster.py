@@ -87,11 +87,27 @@ def running_cluster(tools: Path, directory: Path) -> Iterator[Cluster]:
     etcd_url, key = f"http://127.0.0.1:{etcd}", TLS / "server.key"
     kubeconfig = f"--kubeconfig={cluster.kubeconfig}"
     with contextlib.ExitStack() as stack:
+        processes: dict[Path, subprocess.Popen[bytes]] = {}
 
         def start(program: str, *arguments: str) -> None:
-            log = stack.enter_context((directory / f"{program}.log").open("wb"))
+            path = directory / f"{program}.log"
+            log = stack.enter_context(path.open("wb"))
             process = subprocess.Popen([tools / program, *arguments], stdout=log, stderr=log, cwd=directory)
             stack.callback(_stop, process)
+            processes[path] = process
+
+        def wait_for(*arguments: str) -> None:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while True:
+                try:
+                    cluster.run("kubectl", *arguments)
+                    return
+                except AssertionError:
+                    for path, process in processes.items():
+                        assert process.poll() is None, f"{path} ends with:\n{path.read_text()[-2000:]}"
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.2)
 
         start(
             "etcd",
@@ -115,10 +131,10 @@ def running_cluster(tools: Path, directory: Path) -> Iterator[Cluster]:
             "--authorization-mode=Node,RBAC",
             "--service-cluster-ip-range=10.96.0.0/16",
             "--service-account-issuer=https://kubernetes.default.svc",
-            f"--service-account-key-file={key}",
+            f"--service-account-key-file={TLS / 'server.pem'}",
             f"--service-account-signing-key-file={key}",
         )
-        _wait_for(cluster, "get", "--raw", "/readyz")
+        wait_for("get", "--raw", "/readyz")
         start(
             "kube-controller-manager",
             kubeconfig,
@@ -139,7 +155,7 @@ def running_cluster(tools: Path, directory: Path) -> Iterator[Cluster]:
             "--cidr=10.200.0.0/16",
             f"--server-address=127.0.0.1:{kwok}",
         )
-        _wait_for(cluster, "get", "serviceaccount", "default")
+        wait_for("get", "serviceaccount", "default")
         cluster.run("kubectl", "apply", f"--filename={tools / 'storage-class.yaml'}")
         cluster.run("kubectl", "apply", "--server-side", f"--filename={tools / 'crds'}")
         cluster.run("kubectl", "wait", "crd", "--all", "--for=condition=Established", "--timeout=60s")
@@ -155,18 +171,6 @@ def _kubeconfig(server: str, token: str) -> dict[str, Any]:
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "x",
     }
-
-
-def _wait_for(cluster: Cluster, *arguments: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            cluster.run("kubectl", *arguments)
-            return
-        except AssertionError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

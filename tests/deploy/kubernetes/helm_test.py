@@ -17,7 +17,7 @@ from openpi_flash_cli.edge import edge_program
 from openpi_flash_common.grpc_server import LIVENESS
 from openpi_flash_common.settings import EngineSettings, load_settings
 
-from tests.deploy.kubernetes.cluster import Cluster, running_cluster
+from tests.deploy.kubernetes.cluster import TLS, Cluster, running_cluster
 from tests.deploy.kubernetes.values_table import readme_with_table, uncommented
 
 TOOLS = Path(os.environ.get("KUBERNETES_TOOLS", ""))
@@ -48,7 +48,9 @@ def helm(*arguments: str, ok: bool = True) -> str:
 
 def options(values: str, *sets: str) -> list[str]:
     path = VALUES[values]
-    return [*(["--values", str(path)] if path else []), *(part for text in sets for part in ("--set", text))]
+    files = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem"} if values == "inline-secrets" else {}
+    tls = [part for key, name in files.items() for part in ("--set-file", f"tls.{key}={TLS / name}")]
+    return [*(["--values", str(path)] if path else []), *tls, *(part for text in sets for part in ("--set", text))]
 
 
 def render(values: str, *sets: str) -> list[Object]:
@@ -447,9 +449,7 @@ def pod_uids(cluster: Cluster, namespace: str, component: str) -> set[str]:
 def test_models_go_where_gpus_are_and_wait_where_there_are_none(cluster, namespace):
     sets = ("action.cache.type=emptyDir", "action.replicas=3")
     install(cluster, namespace, DEFAULTS, *sets)
-    action = "--selector=app.kubernetes.io/component=action"
     wait = ("kubectl", "wait", "--namespace", namespace, "--timeout=60s")
-    cluster.run(*wait, "pod", action, "--for=jsonpath={.status.conditions[0].type}")
     cluster.run(*wait, "statefulset/flash-openpi-flash-action", "--for=jsonpath={.status.readyReplicas}=2")
     placed = running_pods(cluster, namespace, "action")
     assert set(placed.values()) == {"gpu-0"}

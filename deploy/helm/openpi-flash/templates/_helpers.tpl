@@ -111,7 +111,11 @@ priorityClassName: {{ . }}
 {{- with .values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .values.tolerations }}
+{{- $tolerations := .values.tolerations | default list -}}
+{{- if int (dig "gpu" "count" 0 .values) -}}{{/* nodes with accelerators are often kept for those who ask for one */}}
+  {{- $tolerations = append $tolerations (dict "key" .values.gpu.resource "operator" "Exists" "effect" "NoSchedule") -}}
+{{- end -}}
+{{- with $tolerations }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .values.affinity }}
