@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -70,6 +70,11 @@ install: .venv/.dev ## Everything into .venv: both backends, the QUIC client and
 test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+# helm, kubectl and the control plane are built below .cache from their Go modules; cold, that is some 15 minutes of CPU.
+test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane with simulated nodes (Go; no container runs)
+	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin
+	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes $(PYTEST_ARGS)
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60

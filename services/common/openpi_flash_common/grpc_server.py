@@ -21,6 +21,10 @@ from openpi_flash_common.telemetry import Telemetry, TraceContext
 
 logger = logging.getLogger(__name__)
 
+LIVENESS = "liveness"
+"""Name under which health is SERVING from the start of the server to its stop, whether or not requests can be answered:
+for those who would restart a process that does not answer at all."""
+
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a lottery
     # Robots may ping every 5 s, idle connections included; faster ones are told to calm down and cut off.
@@ -37,7 +41,8 @@ _OPTIONS = (
 class GrpcServer:
     """One asyncio gRPC server.
 
-    Health of every service, and overall, is NOT_SERVING until `set_serving`; health checks need no token. Handlers
+    Health of every service, and overall, is NOT_SERVING until `set_serving`, that of LIVENESS is SERVING; health checks
+    need no token. Handlers
     raise ServiceErrors, which become statuses here. Requests that a handler works on are counted, so that a stop can
     wait for them: unary calls by themselves, requests on streams through `lock_step`.
 
@@ -104,6 +109,7 @@ class GrpcServer:
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         await self.set_serving(False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         self.ports = [self._bind(address) for address in self._addresses]
         for number in (signal.SIGTERM, signal.SIGINT) if self._handles_signals else ():
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)

@@ -24,7 +24,7 @@ from openpi_flash_common.errors import (
     UnavailableError,
     from_rpc_error,
 )
-from openpi_flash_common.grpc_server import GrpcServer
+from openpi_flash_common.grpc_server import LIVENESS, GrpcServer
 from openpi_flash_common.settings import AuthSettings, SettingsError, TlsSettings
 from openpi_flash_common.telemetry import Telemetry
 
@@ -111,6 +111,7 @@ async def test_health_is_not_serving_until_told():
         assert [await health_of(channel, name) for name in ("", SERVICE)] == [SERVING] * 2
         await servicer.server.set_serving(False)
         assert await health_of(channel, SERVICE) == NOT_SERVING
+        assert await health_of(channel, LIVENESS) == SERVING, "a process that answers is alive"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await health_of(channel, "unknown.Service")
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND

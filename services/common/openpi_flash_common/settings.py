@@ -246,8 +246,8 @@ class BackendSettings(_Section):
 
     address: str | None = Field(
         default=None,
-        description="`host:port`; null: the port of the service's own section, on this machine. Of the planner: each "
-        "of several, joined by commas, and each host that a name stands for, is a replica.",
+        description="`host:port`; null: the port of the service's own section, on this machine. Each of several, "
+        "joined by commas, and each host that a name stands for, is a replica.",
     )
     ca_file: Path | None = Field(
         default=None, description="PEM file of the CA of the service's certificate; set: the gateway speaks TLS to it."
@@ -364,7 +364,7 @@ class EngineSettings(_Section):
 
     @property
     def action_address(self) -> str | None:
-        """`host:port` at which the gateway finds the action service; None where there is none."""
+        """`host:port`, or several joined by commas, where the gateway finds the action service; None: there is none."""
         return _address(self.gateway.action, self.action)
 
     @property

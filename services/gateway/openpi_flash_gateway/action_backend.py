@@ -1,4 +1,5 @@
-"""The action service as the gateway sees it: a pool of long-lived streams, each with one request in flight."""
+"""The action service as the gateway sees it: replicas, each with a pool of long-lived streams, each of these with one
+request in flight."""
 
 import asyncio
 import logging
@@ -21,7 +22,8 @@ from openpi_flash_common.settings import GatewaySettings
 from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 
 from openpi_flash_gateway import wire
-from openpi_flash_gateway.backend import Backend
+from openpi_flash_gateway.backend import Access
+from openpi_flash_gateway.replicas import Replica, Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +33,20 @@ _METADATA_TIMEOUT_S = 10.0
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
-class ActionBackend(Backend):
-    """Forwards serialized requests to the action service.
+class ActionReplica(Replica):
+    """One policy on one accelerator.
 
     Streams are opened on demand and kept; a request that is given up ends its stream, so that the action service drops
     the work.
 
     Attributes:
-        metadata: what the action service said when it last became ready.
+        metadata: what it said when it last became ready.
     """
 
-    def __init__(self, settings: GatewaySettings, address: str) -> None:
-        """Raises as a Backend."""
+    def __init__(self, settings: GatewaySettings, address: str, host: str, access: Access) -> None:
+        """Takes what a Replica does."""
         super().__init__(
-            "action service", SERVICE, address, settings.action, max_message_bytes=settings.max_message_bytes
+            "action service", SERVICE, address, access, max_message_bytes=settings.max_message_bytes, host=host
         )
         self.metadata = inference_pb2.GetMetadataResponse()
         self._stream_method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
@@ -53,37 +55,17 @@ class ActionBackend(Backend):
         self._idle: list[grpc.aio.StreamStreamCall] = []
         self._last_request_id = 0
 
-    async def infer(self, body: wire.Pieces, deadline: float, trace: TraceContext = NO_TRACE) -> memoryview:
-        """Has the action service answer a serialized InferRequest; one that gets no answer is tried a second time.
-
-        Args:
-            body: the request.
-            deadline: on the clock of `time.monotonic`, in seconds.
-            trace: sent along.
-
-        Returns:
-            The serialized InferResponse.
+    async def infer(
+        self, body: wire.Pieces, deadline: float, trace: TraceContext, *, on_new_stream: bool = False
+    ) -> memoryview:
+        """A serialized InferRequest to an InferResponse.
 
         Raises:
-            ServiceError: the action service's refusal, or why there is no answer.
+            ServiceError: the action service's refusal.
+            _NoAnswerError: a stream ended before the answer came.
         """
-        if self.not_ready_reason:
-            raise UnavailableError(self.not_ready_reason)
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                try:
-                    return await self._exchange(self._take(), body, deadline, trace)
-                except _NoAnswerError as lost:
-                    if lost.code not in _RETRYABLE or _is_malformed(body):
-                        raise
-                    logger.info("no answer from the action service, trying again: %s", lost.error.message)
-                return await self._exchange(self._open(), body, deadline, trace)
-        except TimeoutError:
-            raise DeadlineExceededError("the request's time ran out before the action service had answered") from None
-        except _NoAnswerError as lost:
-            if _is_malformed(body):
-                raise InvalidArgumentError("the request is not a valid openpi_flash.v1.InferRequest") from lost
-            raise lost.error from lost
+        with self.busy():
+            return await self._exchange(self._open() if on_new_stream else self._take(), body, deadline, trace)
 
     async def on_serving(self) -> None:
         request = inference_pb2.GetMetadataRequest().SerializeToString()
@@ -137,6 +119,66 @@ class _NoAnswerError(Exception):
         super().__init__(error.message)
         self.code = code
         self.error = error
+
+
+class ActionBackend(Replicas[ActionReplica]):
+    """All replicas of the action service. They are alike: it does not matter to a robot which of them answers."""
+
+    def __init__(self, settings: GatewaySettings, addresses: str) -> None:
+        """Describes the replicas, as Replicas do."""
+        super().__init__(
+            "action service",
+            "gateway.action.address",
+            addresses,
+            settings.action,
+            lambda address, host, access: ActionReplica(settings, address, host, access),
+        )
+        self._metadata = inference_pb2.GetMetadataResponse()
+
+    @property
+    def metadata(self) -> inference_pb2.GetMetadataResponse:
+        """What a ready replica says of itself; while none is ready, what one last said."""
+        for replica in self.ready:
+            self._metadata = replica.metadata
+        return self._metadata
+
+    async def infer(self, body: wire.Pieces, deadline: float, trace: TraceContext = NO_TRACE) -> memoryview:
+        """Has a replica answer a serialized InferRequest; one that gets no answer is tried a second time, by another
+        replica where there is one.
+
+        Args:
+            body: the request.
+            deadline: on the clock of `time.monotonic`, in seconds.
+            trace: sent along.
+
+        Returns:
+            The serialized InferResponse.
+
+        Raises:
+            ServiceError: the action service's refusal, or why there is no answer.
+        """
+        replica = self.pick()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                try:
+                    return await replica.infer(body, deadline, trace)
+                except _NoAnswerError as lost:
+                    if lost.code not in _RETRYABLE or _is_malformed(body):
+                        raise
+                    logger.info("no answer from the %s, trying again: %s", replica.name, lost.error.message)
+                return await self.pick(other_than=replica).infer(body, deadline, trace, on_new_stream=True)
+        except TimeoutError:
+            raise DeadlineExceededError("the request's time ran out before the action service had answered") from None
+        except _NoAnswerError as lost:
+            if _is_malformed(body):
+                raise InvalidArgumentError("the request is not a valid openpi_flash.v1.InferRequest") from lost
+            raise lost.error from lost
+
+    async def reset(self, request: bytes, deadline: float, trace: TraceContext = NO_TRACE) -> bytes:
+        """Has every ready replica forget a session, a serialized ResetRequest; returns a ResetResponse. Raises
+        ServiceErrors."""
+        replicas = self.ready or (self.pick(),)
+        return (await asyncio.gather(*(replica.call("Reset", request, deadline, trace) for replica in replicas)))[0]
 
 
 def _is_malformed(body: wire.Pieces) -> bool:

@@ -1,6 +1,7 @@
 """A service behind the gateway: its channel, whether it is ready, and its unary calls."""
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,35 @@ _RETRY_DELAYS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ENVELOPE_BYTES = 4096  # what a stream's envelope may add to a request of the largest accepted size
 
 
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What the gateway shows a service, read once.
+
+    Attributes:
+        credentials: of TLS; None: plain text.
+        metadata: of every call: the token, where there is one.
+    """
+
+    credentials: grpc.ChannelCredentials | None
+    metadata: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def load(cls, settings: BackendSettings) -> "Access":
+        """Raises SettingsError where a certificate or key cannot be read."""
+        token = settings.token
+        metadata = (("authorization", f"Bearer {token.get_secret_value()}"),) if token else ()
+        if settings.ca_file is None:
+            return cls(None, metadata)
+        files = (settings.ca_file, settings.client_key_file, settings.client_cert_file)
+        try:
+            ca, key, certificate = (file.read_bytes() if file is not None else None for file in files)
+        except OSError as error:
+            raise SettingsError(
+                f"gateway: a certificate or key cannot be read: {error.filename}: {error.strerror}"
+            ) from error
+        return cls(grpc.ssl_channel_credentials(ca, key, certificate), metadata)
+
+
 class Backend:
     """One service at one address. Connects when it is first used.
 
@@ -27,32 +57,21 @@ class Backend:
     """
 
     def __init__(
-        self,
-        name: str,
-        service: str,
-        address: str,
-        settings: BackendSettings,
-        *,
-        max_message_bytes: int,
-        host: str = "",
+        self, name: str, service: str, address: str, access: Access, *, max_message_bytes: int, host: str
     ) -> None:
         """Describes the service.
 
         Args:
-            name: for people, e.g. `action service`.
+            name: for people, e.g. `action service at 10.0.0.7:50052`.
             service: full name, e.g. `openpi_flash.v1.ActionService`.
-            address: `host:port`.
-            host: whom the certificate must name, where that is not the address's host.
-
-        Raises:
-            SettingsError: a certificate or key cannot be read.
+            address: `ip:port`.
+            host: whom the certificate must name.
         """
         self.name = name
         self.not_ready_reason = f"the {name} has not been reached yet"
         self._service = service
-        self._channel = _channel(address, settings, max_message_bytes, host)
-        token = settings.token
-        self._call_metadata = (("authorization", f"Bearer {token.get_secret_value()}"),) if token else ()
+        self._channel = _channel(address, access, max_message_bytes, host)
+        self._call_metadata = access.metadata
 
     async def call(self, method: str, request: bytes, deadline: float, trace: TraceContext = NO_TRACE) -> bytes:
         """One unary call, serialized in and out.
@@ -112,7 +131,7 @@ class Backend:
         await on_change()
 
 
-def _channel(address: str, settings: BackendSettings, max_message_bytes: int, host: str) -> grpc.aio.Channel:
+def _channel(address: str, access: Access, max_message_bytes: int, host: str) -> grpc.aio.Channel:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", max_message_bytes + _ENVELOPE_BYTES),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -124,15 +143,7 @@ def _channel(address: str, settings: BackendSettings, max_message_bytes: int, ho
         ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", 0),  # a proxy of the environment is meant for the outside
     ]
-    if settings.ca_file is None:
+    if access.credentials is None:
         return grpc.aio.insecure_channel(address, options)
-    if host:
-        options.append(("grpc.ssl_target_name_override", host))
-    files = (settings.ca_file, settings.client_key_file, settings.client_cert_file)
-    try:
-        ca, key, certificate = (file.read_bytes() if file is not None else None for file in files)
-    except OSError as error:
-        raise SettingsError(
-            f"gateway: a certificate or key cannot be read: {error.filename}: {error.strerror}"
-        ) from error
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options)
+    options.append(("grpc.ssl_target_name_override", host))
+    return grpc.aio.secure_channel(address, access.credentials, options)

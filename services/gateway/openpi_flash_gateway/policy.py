@@ -83,7 +83,7 @@ class Policy(Endpoint):
 
     async def reset(self, body: bytes, *, timeout_s: float | None = None, trace: TraceContext = NO_TRACE) -> bytes:
         await super().reset(body)
-        return await self._action.call("Reset", body, self._deadline(timeout_s), trace)
+        return await self._action.reset(body, self._deadline(timeout_s), trace)
 
     def forget(self, session_id: str) -> None:
         if self.subtasks is not None:
