@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
+.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels docs lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -133,6 +133,9 @@ edge: Cargo.lock ## The QUIC edge and sidecar: target/release/openpi-flash-trans
 wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels in dist/
 	for package in proto clients/python flash-transport/crates/python flash-transport/crates/transport; do \
 		$(UV) build --quiet --wheel --python '>=3.11,<3.14' --build-constraints requirements/build.txt -o dist $$package; done
+
+docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help
+	$(PY) -m openpi_flash_cli.reference docs/configuration.md
 
 lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock
