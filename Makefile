@@ -144,6 +144,10 @@ wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels i
 	for package in proto clients/python flash-transport/crates/python flash-transport/crates/transport; do \
 		$(UV) build --quiet --wheel --python '>=3.11,<3.14' --build-constraints requirements/build.txt -o dist $$package; done
 
+# Checks the workflows in tests/workflows_test.py.
+.cache/bin/actionlint: tools/actionlint/go.mod tools/actionlint/go.sum
+	cd tools/actionlint && go build -o $(CURDIR)/$@ github.com/rhysd/actionlint/cmd/actionlint
+
 docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help
 	$(PY) -m openpi_flash_cli.reference docs/configuration.md
 
