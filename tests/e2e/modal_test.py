@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from openpi_flash_cli import latency, modal_host
-from openpi_flash_cli.demo import free_ports
 from openpi_flash_client.portal import Relay
 from openpi_flash_client.portal_test import Store
+
+from tests.support import small_settings
 
 Run = Callable[..., Store]
 
@@ -42,26 +43,8 @@ def forward(port: int, *, h2_enabled: bool = False) -> Iterator[Tunnel]:
 @pytest.fixture
 def run(tiny_policies, tmp_path, monkeypatch) -> Iterator[Run]:
     """Runs a function of an app with a store, until the engine is ready; ends it in order."""
-    tiny = tiny_policies["jax"]
-    ports = iter(free_ports(4))
-    settings = {
-        "action": {
-            "model_config_name": str(tiny.policy_file),
-            "checkpoint_dir": str(tiny.checkpoint_dir),
-            "precision": "float32",
-            "max_batch_size": 1,
-            "warm_up": {"prompt_buckets": [64]},
-            "grpc_port": next(ports),
-        },
-        "action_transport": {
-            "websocket_port": next(ports),
-            "quic_port": next(ports),
-            "unix_socket_path": str(tmp_path / "s"),
-        },
-        "gateway": {"host": "127.0.0.1", "grpc_port": next(ports), "admin": None},
-    }
     path = tmp_path / "settings.json"
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps(small_settings(tiny_policies["jax"], tmp_path)))
     monkeypatch.setenv("INFERENCE_CONFIG_PATH", str(path))
     monkeypatch.setenv("OPENPI_FLASH_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

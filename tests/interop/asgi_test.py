@@ -18,24 +18,12 @@ from openpi_flash_models.load import load_policy
 from openpi_flash_models.policy_configs import load_policy_config
 
 from tests.interop.robots import robots
+from tests.support import small_settings
 
 
 @pytest.fixture
 def settings(tiny_policies: dict[str, TinyPolicy], tmp_path: Path) -> dict[str, Any]:
-    grpc_port, action_port, websocket_port = free_ports(3)
-    tiny = tiny_policies["jax"]
-    return {
-        "action": {
-            "model_config_name": str(tiny.policy_file),
-            "checkpoint_dir": str(tiny.checkpoint_dir),
-            "precision": "float32",
-            "max_batch_size": 1,
-            "warm_up": {"prompt_buckets": [64]},
-            "grpc_port": action_port,
-        },
-        "action_transport": {"websocket_port": websocket_port, "unix_socket_path": str(tmp_path / "s")},
-        "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port, "admin": None},
-    }
+    return small_settings(tiny_policies["jax"], tmp_path)
 
 
 def start(settings: dict[str, Any], tmp_path: Path) -> tuple[subprocess.Popen[bytes], int]:
