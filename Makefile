@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -62,12 +62,22 @@ $(STOCK_CLIENT): requirements/openpi-client.txt | $(filter .cache/%,$(UV))
 	$(UV) pip install --quiet --python $(@D) -r $<
 	@touch $@
 
+# Modal's package, with which apps are deployed, in an environment of its own: no service needs it.
+MODAL := .cache/modal-env/.done
+$(MODAL): requirements/modal.txt | $(filter .cache/%,$(UV))
+	$(UV) venv --quiet --clear --python '>=3.11,<3.14' $(@D)
+	$(UV) pip install --quiet --python $(@D) -r $<
+	@touch $@
+
+uv: | $(filter .cache/%,$(UV))
+	@echo $(UV)
+
 demo: .venv/.demo ## Make a tiny checkpoint, serve it, drive it with camera-like pictures (no GPU, no PyTorch)
 	.venv/bin/openpi-flash demo
 
 install: .venv/.dev ## Everything into .venv: both backends, the QUIC client and edge
 
-test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
+test: .venv/.dev $(STOCK_CLIENT) $(MODAL) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
@@ -139,12 +149,21 @@ wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels i
 	for package in proto clients/python flash-transport/crates/python flash-transport/crates/transport; do \
 		$(UV) build --quiet --wheel --python '>=3.11,<3.14' --build-constraints requirements/build.txt -o dist $$package; done
 
+# Checks the workflows in tests/workflows_test.py.
+.cache/bin/actionlint: tools/actionlint/go.mod tools/actionlint/go.sum
+	cd tools/actionlint && go build -o $(CURDIR)/$@ github.com/rhysd/actionlint/cmd/actionlint
+
+docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help
+	$(PY) -m openpi_flash_cli.reference docs/configuration.md
+
 lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock
 	(echo "# Versions of what builds the workspace's own packages: made by \`make lock\`."; \
 		printf 'hatchling==1.33.0\ngrpcio-tools==1.74.0\nmaturin==1.16.0\n' | $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -) > requirements/build.txt
 	$(UV) export --quiet --no-header --no-annotate --group dev -o requirements/dev.txt >/dev/null
 	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
+	(echo "# Modal's package, for deploying: made by \`make lock\`. It can be installed beside the services."; \
+		printf 'modal==1.6.4\npython-dotenv==1.2.2\n' | $(UV) pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 --constraints <(grep -v '^-e' requirements/dev.txt) -) > requirements/modal.txt
 
 	cargo update --quiet
 	sed 's/^source = .*/source/' Cargo.lock > requirements/cargo.lock

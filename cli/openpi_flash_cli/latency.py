@@ -1,4 +1,4 @@
-"""`openpi-flash test ws|grpc|quic HOST`: where the time of a call to a running server goes."""
+"""`openpi-flash test ws|grpc|quic HOST`, `test modal-tunnel|modal-quic`: where the time of a call to a server goes."""
 
 import argparse
 import statistics
@@ -11,6 +11,7 @@ from openpi_flash_common.settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
+from openpi_flash_cli import modal_host
 from openpi_flash_cli.scene import camera_picture
 
 if TYPE_CHECKING:
@@ -46,10 +47,16 @@ ROBOTS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "transport",
-        choices=("ws", "grpc", "quic"),
-        help="ws: openpi's WebSocket protocol; grpc: PolicyService; quic: the same over QUIC",
+        choices=("ws", "grpc", "quic", "modal-tunnel", "modal-quic"),
+        help="ws: openpi's WebSocket protocol; grpc: PolicyService; quic: the same over QUIC; modal-tunnel: WebSocket"
+        " through a Modal tunnel; modal-quic: QUIC to a Modal container, through NAT",
     )
-    parser.add_argument("host", help="name or address of the server")
+    parser.add_argument(
+        "host",
+        nargs="?",
+        help="name or address of the server; for Modal, name of the Dict in which the server is found (default:"
+        " $OPENPI_MODAL_DICT, or openpi-flash)",
+    )
     parser.add_argument("--port", type=int, help="default: 8000 for ws, 50051 for grpc, 5555 for quic")
     parser.add_argument(
         "--robot", choices=tuple(ROBOTS), default="droid", help="observation to send over ws (%(default)s)"
@@ -68,8 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    calls = {"ws": _time_websocket, "grpc": _time_grpc, "quic": _time_quic}[arguments.transport](arguments)
-    print_report(f"{arguments.transport}://{arguments.host}", calls)
+    time_calls = {
+        "ws": _time_websocket,
+        "grpc": _time_grpc,
+        "quic": _time_quic,
+        "modal-tunnel": _time_modal_tunnel,
+        "modal-quic": _time_modal_quic,
+    }[arguments.transport]
+    if arguments.host is None and not arguments.transport.startswith("modal-"):
+        raise SettingsError(f"{arguments.transport}: HOST, name or address of the server, is missing")
+    calls = time_calls(arguments)
+    print_report(f"{arguments.transport}://{arguments.host or modal_host.dict_name()}", calls)
     return 0
 
 
@@ -131,20 +147,24 @@ def _time_calls(infer: Infer, specs: Mapping[str, Any], prompt: str) -> Calls:
 
 
 def _time_websocket(arguments: argparse.Namespace) -> Calls:
+    scheme = "wss" if arguments.ca_file else "ws"
+    return _time_websocket_at(f"{scheme}://{arguments.host}:{arguments.port or 8000}", arguments)
+
+
+def _time_websocket_at(url: str, arguments: argparse.Namespace) -> Calls:
     import ssl
 
     from openpi_flash_client import PolicyError
     from openpi_flash_common import openpi_msgpack
     from websockets.sync.client import connect
 
-    scheme = "wss" if arguments.ca_file else "ws"
     headers = {"Authorization": f"Api-Key {arguments.token}"} if arguments.token else None
     with connect(
-        f"{scheme}://{arguments.host}:{arguments.port or 8000}",
+        url,
         additional_headers=headers,
         compression=None,
         max_size=None,
-        ssl=ssl.create_default_context(cafile=arguments.ca_file) if arguments.ca_file else None,
+        ssl=ssl.create_default_context(cafile=arguments.ca_file) if url.startswith("wss:") else None,
         open_timeout=arguments.timeout,
     ) as connection:
         connection.recv(arguments.timeout)  # the server's metadata come first
@@ -175,6 +195,32 @@ def _time_quic(arguments: argparse.Namespace) -> Calls:
         return _time_policy(FlashTransportPolicy, 5555, arguments, **trust)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def _time_modal_tunnel(arguments: argparse.Namespace) -> Calls:
+    store = modal_host.open_dict(arguments.host)
+    tunnel = store.get(modal_host.TUNNEL_KEY)
+    if tunnel is None:
+        raise SettingsError("no tunnel has been published; is deploy/modal/tunnel_app.py running?")
+    return _time_websocket_at(tunnel["websocket"], _with(arguments, token=_token(arguments, store)))
+
+
+def _time_modal_quic(arguments: argparse.Namespace) -> Calls:
+    from openpi_flash_client.portal import Portal
+
+    store = modal_host.open_dict(arguments.host)
+    with Portal(store, connect_timeout_s=arguments.timeout) as portal:
+        Console().print(f"path to the server: {portal.path}")
+        there = {"host": "127.0.0.1", "port": portal.port, "fingerprint": portal.fingerprint}
+        return _time_quic(_with(arguments, token=_token(arguments, store), **there))
+
+
+def _token(arguments: argparse.Namespace, store: Any) -> str | None:
+    return arguments.token or store.get(modal_host.TOKEN_KEY)
+
+
+def _with(arguments: argparse.Namespace, **others: Any) -> argparse.Namespace:
+    return argparse.Namespace(**(vars(arguments) | others))
 
 
 def _time_policy(make: Callable[..., "RemotePolicy"], port: int, arguments: argparse.Namespace, **trust: Any) -> Calls:

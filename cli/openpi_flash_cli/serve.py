@@ -34,7 +34,7 @@ def programs(settings: EngineSettings, directory: Path) -> list[Program]:
     Args:
         directory: of this user alone, for what the programs are to read.
     """
-    services = [Program(name, (sys.executable, "-m", f"openpi_flash_{name}")) for name in (*settings.slots, "gateway")]
+    services = [service(name) for name in (*settings.slots, "gateway")]
     binary = find_binary()
     if binary is None:
         print(
@@ -43,3 +43,8 @@ def programs(settings: EngineSettings, directory: Path) -> list[Program]:
         )
         return services
     return [*services, edge_program(settings, binary, directory)]
+
+
+def service(name: str) -> Program:
+    """One of the Python services, `action`, `planner` or `gateway`, which reads the settings itself."""
+    return Program(name, (sys.executable, "-m", f"openpi_flash_{name}"))

@@ -33,14 +33,23 @@ class Program:
 class Supervisor:
     """Runs programs until told to stop, or until one of them cannot run at all."""
 
-    def __init__(self, programs: Sequence[Program], *, stop_timeout_s: float = 40.0, log: TextIO = sys.stderr) -> None:
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        *,
+        handles_signals: bool = True,
+        stop_timeout_s: float = 40.0,
+        log: TextIO = sys.stderr,
+    ) -> None:
         """
         Args:
             programs: started in this order, stopped one by one in the opposite order.
+            handles_signals: False inside a program that has its own way of stopping, and then calls `stop`.
             stop_timeout_s: how long one program may take from SIGTERM to its end; then it is killed.
             log: where the programs' output and the supervisor's own lines go.
         """
         self._programs = tuple(programs)
+        self._signals = (signal.SIGTERM, signal.SIGINT) if handles_signals else ()
         self._stop_timeout_s = stop_timeout_s
         self._log = log
         self._stopping = asyncio.Event()
@@ -52,13 +61,13 @@ class Supervisor:
         self._stopping.set()
 
     async def run(self) -> int:
-        """Runs until `stop`, SIGTERM or SIGINT, or a program that says, by EXIT_CONFIG, that it cannot run.
+        """Runs until `stop`, a handled SIGTERM or SIGINT, or a program that says, by EXIT_CONFIG, that it cannot run.
 
         Returns:
             0 after an orderly stop, EXIT_CONFIG if a program could not run, 1 if one had to be killed.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._signals:
             loop.add_signal_handler(number, self.stop)
         try:
             keepers = [asyncio.create_task(self._keep(program)) for program in self._programs]
@@ -67,7 +76,7 @@ class Supervisor:
                 await self._end(program)
             await asyncio.gather(*keepers)
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in self._signals:
                 loop.remove_signal_handler(number)
         return self._exit_code
 

@@ -10,6 +10,7 @@ from openpi_flash_common.telemetry import setup
 
 from openpi_flash_gateway.action_backend import ActionBackend
 from openpi_flash_gateway.admin import AdminServer
+from openpi_flash_gateway.asgi import AsgiServer
 from openpi_flash_gateway.endpoint import Admission, Endpoint
 from openpi_flash_gateway.grpc_service import SERVICE, PolicyServicer
 from openpi_flash_gateway.planner_backend import PlannerBackend
@@ -35,14 +36,19 @@ class Gateway:
         admin: HTTP for operators; None: not configured.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, handles_signals: bool = True) -> None:
         """Describes a gateway; nothing listens yet.
+
+        Args:
+            handles_signals: False inside a program that has its own way of stopping, and then calls `stop`.
 
         Raises:
             SettingsError: an address is none, or a file cannot be read.
         """
         gateway = settings.gateway
         self._settings = settings
+        self._handles_signals = handles_signals
+        self._asgi: list[AsgiServer] = []
         self._telemetry = setup(settings.telemetry, "gateway")
         admission = Admission(gateway.max_in_flight)
         self._action: ActionBackend | None = None
@@ -113,6 +119,11 @@ class Gateway:
                 await backend.close()
             self._telemetry.shutdown()
 
+    def asgi(self) -> AsgiServer:
+        """What the gateway serves first, as an ASGI application beside its own ports; for the gateway's event loop."""
+        self._asgi.append(AsgiServer(self._settings.gateway, self.endpoint, self._telemetry))
+        return self._asgi[-1]
+
     def stop(self) -> None:
         """Makes `run_until_stopped` stop the gateway and return."""
         self.server.stop()
@@ -127,7 +138,7 @@ class Gateway:
             tls=gateway.tls,
             auth=gateway.auth,
             max_message_bytes=gateway.max_message_bytes,
-            handles_signals=bool(addresses),
+            handles_signals=self._handles_signals and bool(addresses),
         )
         return servicer.server
 
@@ -152,6 +163,7 @@ class Gateway:
             server.stop()
         await asyncio.gather(
             *(websocket.drain() for websocket in self._websockets.values()),
+            *(application.drain() for application in self._asgi),
             *(server.run_until_stopped() for server in self._servers[1:]),
         )
         if self.admin is not None:

@@ -1,0 +1,30 @@
+"""openpi's WebSocket protocol behind Modal's own HTTPS: `modal deploy deploy/modal/websocket_app.py`.
+
+Modal starts containers as robots come and stops them when they are gone. Its proxy takes frames of up to 2 MiB.
+"""
+
+from typing import Any
+
+import modal
+import openpi_flash_modal as resources
+
+app = modal.App("openpi-flash-websocket", image=resources.image, secrets=resources.secrets)
+
+
+@app.function(
+    gpu=resources.GPU,
+    region=resources.REGION,
+    volumes={resources.CACHE: resources.volume},
+    timeout=resources.DAY_S,
+    startup_timeout=30 * 60,
+    scaledown_window=10 * 60,
+)
+@modal.concurrent(max_inputs=64)
+@modal.asgi_app()
+def serve() -> Any:
+    """The engine; one for all robots that come to this container."""
+    from openpi_flash_cli.asgi import application
+    from openpi_flash_cli.modal_host import require_token
+
+    require_token(resources.rendezvous)
+    return application()
