@@ -35,10 +35,7 @@ help: ## This list
 
 # As the other locks, that of the Rust workspace names no index: cargo puts in its own.
 Cargo.lock: requirements/cargo.lock | $(CARGO)
-	rm -f $@
-	cargo generate-lockfile --quiet
-	index=$$(grep -m1 '^source = ' $@); sed "s|^source$$|$$index|" $< > $@.new
-	mv $@.new $@
+	requirements/cargo-lock.sh
 
 # An environment is installed from a lock of exact versions and hashes; the workspace's own packages are editable.
 # Whether those of Rust have changed, cargo knows.
@@ -140,7 +137,11 @@ lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirement
 		printf 'hatchling==1.33.0\ngrpcio-tools==1.74.0\nmaturin==1.16.0\n' | $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -) > requirements/build.txt
 	$(UV) export --quiet --no-header --no-annotate --group dev -o requirements/dev.txt >/dev/null
 	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
-
+	# What the container images hold beside the workspace's own packages.
+	set -- "gateway openpi-flash-gateway" "tools openpi-flash" "torch openpi-flash-action --extra torch" \
+		"jax openpi-flash-planner" "jax-cuda openpi-flash-planner --extra cuda"; \
+	for image in "$$@"; do set -- $$image; name=$$1; shift; \
+		$(UV) export --quiet --no-header --no-annotate --no-emit-workspace --package "$$@" -o requirements/image-$$name.txt >/dev/null; done
 	cargo update --quiet
 	sed 's/^source = .*/source/' Cargo.lock > requirements/cargo.lock
 
