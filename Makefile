@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
+.PHONY: help demo edge install test test-deploy test-compose fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -67,6 +67,12 @@ install: .venv/.dev ## Everything into .venv: both backends, the QUIC client and
 test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+# Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
+test-deploy: test-compose ## Deployments, for real: images and docker-compose.yaml on a Docker engine of this machine
+
+test-compose: .venv/.dev $(STOCK_CLIENT)
+	OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh $(PY) -m pytest -s -x tests/deploy/compose_checks.py
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60
