@@ -1,7 +1,7 @@
 """docker-compose.yaml as an operator runs it, on an engine of this machine: `make test-compose`.
 
-Not one of the tests of `make test`: it needs a Docker engine, and takes minutes. Tests run in the order of the file, each
-on what the one before left running.
+Not one of the tests of `make test`: it needs a Docker engine, and takes minutes. Tests run in the order of the file,
+each on what the one before left running.
 """
 
 import contextlib

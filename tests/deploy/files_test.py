@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from openpi_flash_common.settings import load_settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -79,6 +80,15 @@ def test_only_gateway_and_edge_are_published_and_the_admin_port_on_loopback_alon
     assert compose["networks"]["backend"] == {"internal": True}
     for name in ("action", "planner", "openpi-action", "openpi-planner"):
         assert list(compose["services"][name]["networks"]) == ["backend"]
+
+
+def test_the_example_for_a_gpu_server_names_the_checkpoint_that_is_prepared():
+    settings = load_settings(ROOT / "deploy/docker/config.example.json", {})
+    assert settings.action is not None
+    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
+    (output,) = (word for word in compose["services"]["prepare-checkpoint"]["command"] if "output-dir" in word)
+    assert f":-{settings.action.checkpoint_dir}}}" in output
+    assert load_settings(ROOT / "deploy/docker/laptop.json", {}).mode == "combined"
 
 
 def test_every_service_is_confined():
