@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs test-deploy test-compose
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -35,10 +35,7 @@ help: ## This list
 
 # As the other locks, that of the Rust workspace names no index: cargo puts in its own.
 Cargo.lock: requirements/cargo.lock | $(CARGO)
-	rm -f $@
-	cargo generate-lockfile --quiet
-	index=$$(grep -m1 '^source = ' $@); sed "s|^source$$|$$index|" $< > $@.new
-	mv $@.new $@
+	requirements/cargo-lock.sh
 
 # An environment is installed from a lock of exact versions and hashes; the workspace's own packages are editable.
 # Whether those of Rust have changed, cargo knows.
@@ -85,6 +82,12 @@ test: .venv/.dev $(STOCK_CLIENT) $(MODAL) Cargo.lock ## All tests
 test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane with simulated nodes (Go; no container runs)
 	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin
 	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes $(PYTEST_ARGS)
+
+# Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
+test-deploy: test-compose ## Deployments, for real: images and docker-compose.yaml on a Docker engine of this machine
+
+test-compose: .venv/.dev $(STOCK_CLIENT)
+	OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh $(PY) -m pytest -s -x tests/deploy/compose_checks.py
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60
@@ -164,7 +167,11 @@ lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirement
 	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
 	(echo "# Modal's package, for deploying: made by \`make lock\`. It can be installed beside the services."; \
 		printf 'modal==1.6.4\npython-dotenv==1.2.2\n' | $(UV) pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 --constraints <(grep -v '^-e' requirements/dev.txt) -) > requirements/modal.txt
-
+	# What the container images hold beside the workspace's own packages.
+	set -- "gateway openpi-flash-gateway" "tools openpi-flash" "torch openpi-flash-action --extra torch" \
+		"jax openpi-flash-planner" "jax-cuda openpi-flash-planner --extra cuda"; \
+	for image in "$$@"; do set -- $$image; name=$$1; shift; \
+		$(UV) export --quiet --no-header --no-annotate --no-emit-workspace --package "$$@" -o requirements/image-$$name.txt >/dev/null; done
 	cargo update --quiet
 	sed 's/^source = .*/source/' Cargo.lock > requirements/cargo.lock
 

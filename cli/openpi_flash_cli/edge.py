@@ -1,11 +1,16 @@
-"""The QUIC edge beside the gateway: its program's command line, from the settings."""
+"""The QUIC edge beside the gateway: its program's command line, from the settings.
+
+`python -m openpi_flash_cli.edge` becomes that program, where the edge is a container of its own.
+"""
 
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
+from typing import NoReturn
 
-from openpi_flash_common.settings import EngineSettings, SettingsError
+from openpi_flash_common.settings import EXIT_CONFIG, EngineSettings, SettingsError, load_settings
 
 from openpi_flash_cli.supervisor import Program
 
@@ -63,3 +68,20 @@ def edge_program(settings: EngineSettings, binary: Path, directory: Path) -> Pro
         argv += ["--otlp-endpoint", telemetry.otlp_endpoint]
         argv += ["--trace-sample-ratio", str(telemetry.trace_sample_ratio)]
     return Program("edge", tuple(argv))
+
+
+def main() -> NoReturn:
+    """Turns this process into the edge, or ends it where that cannot be."""
+    try:
+        settings, binary = load_settings(), find_binary()
+        if binary is None:
+            raise SettingsError(f"no {BINARY} on the path or beside this Python, and {BINARY_VARIABLE} is not set")
+        argv = edge_program(settings, binary, Path(tempfile.mkdtemp(prefix="openpi-flash-"))).argv
+    except SettingsError as error:
+        print(f"openpi-flash-edge: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+    os.execv(binary, argv)  # noqa: S606 - our own program
+
+
+if __name__ == "__main__":
+    main()

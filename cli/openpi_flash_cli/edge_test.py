@@ -1,12 +1,14 @@
 """The edge's command line, and where its program is looked for."""
 
+import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openpi_flash_common.settings import EngineSettings, SettingsError
+from openpi_flash_common.settings import EXIT_CONFIG, EngineSettings, SettingsError
 
 from openpi_flash_cli.edge import BINARY_VARIABLE, edge_program, find_binary
 from openpi_flash_cli.serve import programs
@@ -66,3 +68,24 @@ def test_where_the_program_is_looked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(BINARY_VARIABLE, str(tmp_path / "other"))
     with pytest.raises(SettingsError, match="other: no program that can be run"):
         find_binary()
+
+
+def test_as_a_process_of_its_own_it_becomes_the_program_with_the_settings_of_the_environment(tmp_path):
+    program = tmp_path / "edge"
+    program.write_text('#!/bin/sh\necho "$$ $@"\n')
+    program.chmod(0o755)
+    environment = {"OPENPI_ACTION__MODEL_CONFIG_NAME": "pi05_droid", "OPENPI_ACTION__CHECKPOINT_DIR": "nowhere"}
+    process = start_edge(environment | {BINARY_VARIABLE: str(program)})
+    output, _ = process.communicate(timeout=30)
+    pid, _, arguments = output.partition(" ")
+    assert int(pid) == process.pid  # so that signals reach it
+    assert "--action-listen 0.0.0.0:5555" in arguments
+    process = start_edge({BINARY_VARIABLE: str(program)})
+    assert "nothing to serve" in process.communicate(timeout=30)[1]
+    assert process.returncode == EXIT_CONFIG
+
+
+def start_edge(environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "openpi_flash_cli.edge"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env={"PATH": os.environ["PATH"]} | environment, **pipes)

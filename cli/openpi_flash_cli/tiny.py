@@ -1,7 +1,12 @@
-"""A tiny random pi0.5 in openpi's layout: real files through the real code, small enough for any machine."""
+"""A tiny random pi0.5 in openpi's layout: real files through the real code, small enough for any machine.
+
+`python -m openpi_flash_cli.tiny DIR` makes one for DROID, served by JAX, below DIR, unless it is there.
+"""
 
 import dataclasses
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +72,18 @@ def make_tiny_policy(directory: Path, *, robot: str = "droid", layout: str = "ja
     config = load_policy_config(policy_file)
     synthetic.make_checkpoint(checkpoint_dir, config.model, layout=layout, seed=SEED, asset_ids=ASSETS)
     return TinyPolicy(policy_file, checkpoint_dir)
+
+
+def main() -> None:
+    """What is made appears when it is whole, so that a stopped run is made up for by the next."""
+    directory = Path(sys.argv[1])
+    if not directory.exists():
+        with tempfile.TemporaryDirectory(prefix=".tiny-", dir=directory.parent) as temporary:
+            made = Path(temporary) / directory.name
+            make_tiny_policy(made)
+            made.rename(directory)
+    print(directory)
+
+
+if __name__ == "__main__":
+    main()

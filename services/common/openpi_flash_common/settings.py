@@ -476,10 +476,10 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _address(backend: BackendSettings, service: ModelSettings | None) -> str | None:
     if service is None:
         return None
-    return backend.address or f"{_reachable(service.host)}:{service.grpc_port}"
+    return backend.address or f"{reachable(service.host)}:{service.grpc_port}"
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """The address at which this machine reaches a listener on `host`."""
     try:
         address = ipaddress.ip_address(host.strip("[]"))
