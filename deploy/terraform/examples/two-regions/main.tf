@@ -75,7 +75,6 @@ module "frankfurt" {
   image_digests      = var.image_digests
   instance_profile   = var.instance_profile
 
-  spot           = {}
   action_backend = "jax"
   action = {
     model_config_name = "pi05_droid"

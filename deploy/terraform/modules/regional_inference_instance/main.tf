@@ -64,37 +64,28 @@ resource "aws_vpc_security_group_egress_rule" "all" {
   tags              = local.tags
 }
 
-# Address and interface outlive the instance, so that another one in its place is found where it was.
-resource "aws_network_interface" "this" {
-  subnet_id       = var.subnet_id
-  security_groups = [aws_security_group.this.id]
-  description     = var.name
-  tags            = local.tags
-}
-
+# Outlives the instance, so that another one in its place is found where it was.
 resource "aws_eip" "this" {
   domain = "vpc"
   tags   = local.tags
 }
 
 resource "aws_eip_association" "this" {
-  allocation_id        = aws_eip.this.id
-  network_interface_id = aws_network_interface.this.id
+  allocation_id = aws_eip.this.id
+  instance_id   = aws_instance.this.id
 }
 
 resource "aws_instance" "this" {
   ami                         = var.ami_id == null ? data.aws_ami.gpu[0].id : var.ami_id
   instance_type               = var.instance_type
   iam_instance_profile        = var.instance_profile
+  subnet_id                   = var.subnet_id
+  vpc_security_group_ids      = [aws_security_group.this.id]
+  associate_public_ip_address = true                        # until the Elastic IP is there
   user_data_base64            = base64gzip(local.user_data) # 16 KiB are allowed
   user_data_replace_on_change = true
   tags                        = local.tags
   volume_tags                 = local.tags
-
-  network_interface {
-    device_index         = 0
-    network_interface_id = aws_network_interface.this.id
-  }
 
   metadata_options {
     http_endpoint               = "enabled"
@@ -127,10 +118,11 @@ resource "aws_instance" "this" {
   }
 
   lifecycle {
-    # A newer image is no reason to replace a server that robots depend on; -replace takes it.
-    ignore_changes = [ami]
+    # A newer image is no reason to replace a server that robots depend on; -replace takes it. A public address of its
+    # own is what EC2 reports no more once the Elastic IP is there.
+    ignore_changes = [ami, associate_public_ip_address]
   }
 
-  # The network must be there when cloud-init pulls images.
-  depends_on = [aws_eip_association.this, aws_vpc_security_group_egress_rule.all]
+  # The network must be there when images are pulled.
+  depends_on = [aws_vpc_security_group_egress_rule.all]
 }
