@@ -121,7 +121,7 @@ class Terraform:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=600,
             check=False,
         )
         assert done.returncode in expect, f"terraform {' '.join(arguments)}: {done.stdout}\n{done.stderr}"

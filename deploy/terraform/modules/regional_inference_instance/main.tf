@@ -81,7 +81,6 @@ resource "aws_instance" "this" {
   iam_instance_profile        = var.instance_profile
   subnet_id                   = var.subnet_id
   vpc_security_group_ids      = [aws_security_group.this.id]
-  associate_public_ip_address = true                        # until the Elastic IP is there
   user_data_base64            = base64gzip(local.user_data) # 16 KiB are allowed
   user_data_replace_on_change = true
   tags                        = local.tags
@@ -118,9 +117,8 @@ resource "aws_instance" "this" {
   }
 
   lifecycle {
-    # A newer image is no reason to replace a server that robots depend on; -replace takes it. A public address of its
-    # own is what EC2 reports no more once the Elastic IP is there.
-    ignore_changes = [ami, associate_public_ip_address]
+    # A newer image is no reason to replace a server that robots depend on; -replace takes it.
+    ignore_changes = [ami]
   }
 
   # The network must be there when images are pulled.
