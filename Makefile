@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
+.PHONY: help demo edge install test test-terraform fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -70,6 +70,20 @@ install: .venv/.dev ## Everything into .venv: both backends, the QUIC client and
 test: .venv/.dev $(STOCK_CLIENT) Cargo.lock ## All tests
 	cargo test --workspace --locked --quiet
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+# What stands in for AWS, in an environment of its own. cloud-init, where apt has it, is unpacked there and not installed.
+TERRAFORM_ENV := .cache/terraform-env
+$(TERRAFORM_ENV)/.done: requirements/terraform.txt | $(filter .cache/%,$(UV))
+	$(UV) venv --quiet --clear --python '>=3.11,<3.14' $(@D)
+	$(UV) pip install --quiet --python $(@D) --require-hashes -r $<
+	-cd $(@D) && { apt-get download -qq cloud-init || { apt-get update -qq && apt-get download -qq cloud-init; }; } 2>/dev/null \
+		&& dpkg -x cloud-init_*.deb cloud-init
+	@touch $@
+
+test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (needs terraform 1.9 or newer)
+	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
+		$(<D)/bin/python -m pytest -q --noconftest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
+		tests/deploy/terraform_test.py $(PYTEST_ARGS)
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60
@@ -141,6 +155,8 @@ lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirement
 	$(UV) export --quiet --no-header --no-annotate --group dev -o requirements/dev.txt >/dev/null
 	$(UV) export --quiet --no-header --no-annotate --package openpi-flash --extra jax -o requirements/demo.txt >/dev/null
 
+	printf 'awscli\nboto3\nconfigobj\nflask\nflask-cors\njsonpatch\njsonschema\nmoto[ec2,iam,ssm]\noauthlib\npydantic\npytest\npytest-timeout\npyyaml\nshellcheck-py\n' \
+		| $(UV) pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 -o requirements/terraform.txt - >/dev/null
 	cargo update --quiet
 	sed 's/^source = .*/source/' Cargo.lock > requirements/cargo.lock
 

@@ -102,7 +102,9 @@ class Terraform:
 
     def __init__(self, directory: Path, aws: StandIn) -> None:
         self.directory = directory / "terraform"
-        shutil.copytree(TERRAFORM, self.directory, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*", "*.tfvars"))
+        shutil.copytree(
+            TERRAFORM, self.directory, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*", "*.tfvars")
+        )
         self._binary = find_terraform()
         self._mirror = find_mirror()
         self._environment = {
@@ -160,5 +162,8 @@ def find_mirror() -> Path | None:
         if not (Path(named) / PROVIDER).is_dir():
             raise MissingToolError(f"TF_PLUGIN_DIR: {named} does not hold {PROVIDER}")
         return Path(named)
-    usual = (Path.home() / ".terraform.d/plugins", *map(Path, ("/usr/local/share/terraform/plugins", "/usr/share/terraform/plugins")))
+    usual = (
+        Path.home() / ".terraform.d/plugins",
+        *map(Path, ("/usr/local/share/terraform/plugins", "/usr/share/terraform/plugins")),
+    )
     return next((folder for folder in (*usual, *Path("/opt").glob("*")) if (folder / PROVIDER).is_dir()), None)

@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from openpi_flash_cli.edge import edge_program
 from openpi_flash_common.settings import EngineSettings, load_settings
+
+pytest.importorskip("moto", reason="`make test-terraform` runs this in an environment of its own")
+
+import yaml
 
 from tests.deploy.aws import GPU_IMAGE, TERRAFORM, StandIn, Terraform, stand_in
 
 REGION = "us-west-2"
 ROBOTS = "203.0.113.0/24"
 DIGEST = "sha256:" + "5a" * 32
-CLOUD_INIT = os.environ.get("CLOUD_INIT_PYTHONPATH")
+CLOUD_INIT = os.environ.get("CLOUD_INIT")
 PREPARE = TERRAFORM / "modules/regional_inference_instance/files/prepare"
 
 ACTION = {"model_config_name": "pi05_aloha"}
@@ -35,6 +37,7 @@ SERVERS: dict[str, dict[str, Any]] = {
     "planner": {"planner": {"checkpoint_dir": "gs://bucket/planner"}},
     "combined": {
         "action": ACTION,
+        "action_backend": "jax",
         "prepare_checkpoint": True,
         "prep_required_asset_ids": ["trossen"],
         "planner": PLANNER,
@@ -43,7 +46,6 @@ SERVERS: dict[str, dict[str, Any]] = {
     # Everything that can be set.
     "full": {
         "action": {"model_config_name": "pi05_droid", "checkpoint_dir": "gs://bucket/droid", "num_steps": 5},
-        "action_backend": "jax",
         "pytorch_compile_mode": "max-autotune",
         "planner": PLANNER,
         "prepare_planner_checkpoint": True,
@@ -66,7 +68,7 @@ SERVERS: dict[str, dict[str, Any]] = {
         "client_cidr_blocks": ["0.0.0.0/0"],
         "image_tag": "v0.1.0",
         "image_digests": {"gateway": DIGEST},
-        "root_volume": {"size_gib": 300, "iops": 6000, "throughput": 500},
+        "root_volume": {"size_gib": 300},
     },
 }
 PORTS = {
@@ -76,6 +78,8 @@ PORTS = {
     "full": {("tcp", 9000), ("udp", 9555), ("tcp", 8002), ("udp", 5556), ("tcp", 9051)},
 }
 MODES = {"action": "action_only", "planner": "planner_only", "combined": "combined", "full": "combined"}
+
+IMAGES = ("action-torch", "action-torch-compile", "action-jax", "planner", "gateway", "edge", "tools")
 
 each_server = pytest.mark.parametrize("server", SERVERS)
 
@@ -220,7 +224,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "planner.checkpoint_dir: either name a checkpoint",
     ),
     "no_planner": ({"prepare_planner_checkpoint": True}, "there is no planner to prepare a checkpoint for"),
-    "no_action": ({"action": None, "prepare_checkpoint": True}, "there is no action policy to prepare a checkpoint for"),
+    "no_action": (
+        {"action": None, "prepare_checkpoint": True},
+        "there is no action policy to prepare a checkpoint for",
+    ),
     "everybody": ({"client_cidr_blocks": ["0.0.0.0/0"]}, "lets the whole internet in; set auth_tokens_parameter"),
     "nobody": ({"client_cidr_blocks": []}, "at least one IPv4 network"),
     "no_network": ({"client_cidr_blocks": ["203.0.113.7"]}, "each such as 203.0.113.0/24"),
@@ -234,6 +241,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "throughput": ({"root_volume": {"type": "io2", "iops": 4000, "throughput": 500}}, "only gp3 has one to set"),
     "iops": ({"root_volume": {"type": "io2"}}, "io1 and io2 need it"),
     "compile_mode": ({"pytorch_compile_mode": "fast"}, "expected default, reduce-overhead"),
+    "jax_compile_mode": ({"action_backend": "jax", "pytorch_compile_mode": "default"}, "JAX always compiles"),
     "backend": ({"action_backend": "tf"}, "expected torch or jax"),
     "section": ({"extra_config": {"gatway": {}}}, "the sections are action_transport"),
     "secret": ({"extra_config": {"gateway": {"auth": {"tokens": ["a"]}}}}, "come from Parameter Store"),
@@ -295,14 +303,22 @@ def test_good_variables_are_not_refused(complaints: dict[str, str]) -> None:
 def test_repositories_keep_latest_and_three_more(shared: dict[str, Any], aws: StandIn) -> None:
     ecr = aws.client("ecr", REGION)
     names = {repository["repositoryName"] for repository in ecr.describe_repositories()["repositories"]}
-    assert names == {f"openpi-flash/{image}" for image in ("action-torch", "action-jax", "planner", "gateway", "edge")}
+    assert names == {f"openpi-flash/{image}" for image in IMAGES}
     assert shared["image_registry"] == f"123456789012.dkr.ecr.{REGION}.amazonaws.com/openpi-flash"
     for name in names:
         policy = json.loads(ecr.get_lifecycle_policy(repositoryName=name)["lifecyclePolicyText"])
         latest, tagged, untagged = (rule["selection"] for rule in policy["rules"])
         assert [rule["rulePriority"] for rule in policy["rules"]] == [1, 2, 3]
-        assert (latest["tagPatternList"], latest["countType"], latest["countNumber"]) == (["latest"], "imageCountMoreThan", 1)
-        assert (tagged["tagPatternList"], tagged["countType"], tagged["countNumber"]) == (["*"], "imageCountMoreThan", 4)
+        assert (latest["tagPatternList"], latest["countType"], latest["countNumber"]) == (
+            ["latest"],
+            "imageCountMoreThan",
+            1,
+        )
+        assert (tagged["tagPatternList"], tagged["countType"], tagged["countNumber"]) == (
+            ["*"],
+            "imageCountMoreThan",
+            4,
+        )
         assert untagged["tagStatus"] == "untagged"
 
 
@@ -353,7 +369,7 @@ def test_instances_may_pull_and_read_their_secrets_alone(shared: dict[str, Any],
         "ssm:UpdateInstanceInformation",
     }
     assert allowed.pop("arn:aws:ssm:*:123456789012:parameter/openpi-flash/*") == {"ssm:GetParameter"}
-    assert len(allowed) == 5  # the repositories
+    assert len(allowed) == len(IMAGES)
     for actions in allowed.values():
         assert actions == {"ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"}
 
@@ -389,11 +405,10 @@ def test_instance_is_made_as_asked(instances: dict[str, Instance], aws: StandIn)
     (device,) = described["BlockDeviceMappings"]
     (volume,) = ec2.describe_volumes(VolumeIds=[device["Ebs"]["VolumeId"]])["Volumes"]
     assert (volume["Encrypted"], volume["Size"], volume["VolumeType"]) == (True, 300, "gp3")
-    assert volume["Iops"] == 6000
 
 
-def test_spot_instance_is_asked_for(terraform: Terraform, aws: StandIn, shared: dict[str, Any]) -> None:
-    """The stand-in does not say of an instance that it is a spot instance, so that this looks at the plan."""
+def test_spot_and_a_fast_volume_are_asked_for(terraform: Terraform, aws: StandIn, shared: dict[str, Any]) -> None:
+    """The stand-in keeps neither, so that this looks at the plan."""
     module = {
         "source": "../modules/regional_inference_instance",
         "subnet_id": aws.subnet(REGION),
@@ -402,6 +417,7 @@ def test_spot_instance_is_asked_for(terraform: Terraform, aws: StandIn, shared: 
         "instance_profile": shared["instance_profile"],
         "ami_id": "ami-00000000000000001",
         "spot": {"max_price_usd": 1.25},
+        "root_volume": {"iops": 6000, "throughput": 500},
         **SERVERS["action"],
     }
     main = {"provider": {"aws": {"region": REGION}}, "module": {"spot": module}}
@@ -410,6 +426,8 @@ def test_spot_instance_is_asked_for(terraform: Terraform, aws: StandIn, shared: 
     plan = json.loads(terraform(root, "show", "-json", "plan"))
     (instance,) = (c["change"]["after"] for c in plan["resource_changes"] if c["type"] == "aws_instance")
     assert instance["ami"] == "ami-00000000000000001"
+    (volume,) = instance["root_block_device"]
+    assert (volume["volume_type"], volume["iops"], volume["throughput"]) == ("gp3", 6000, 500)
     (market,) = instance["instance_market_options"]
     assert (market["market_type"], market["spot_options"][0]["max_price"]) == ("spot", "1.25")
     assert market["spot_options"][0]["spot_instance_type"] == "one-time"
@@ -420,13 +438,13 @@ def test_second_plan_is_empty(terraform: Terraform, servers_root: tuple[str, dic
         terraform(root, "plan", "-no-color", "-input=false", "-detailed-exitcode")
 
 
-@pytest.mark.skipif(CLOUD_INIT is None, reason="CLOUD_INIT_PYTHONPATH is not set: make test-terraform sets it where apt has cloud-init")
+@pytest.mark.skipif(not CLOUD_INIT, reason="cloud-init could not be fetched with apt-get download")
 @each_server
 def test_user_data_is_a_valid_cloud_config(instances: dict[str, Instance], tmp_path: Path, server: str) -> None:
     path = tmp_path / "user-data.yaml"
     path.write_text(instances[server].user_data)
     command = [sys.executable, "-m", "cloudinit.cmd.main", "schema", "--config-file", path]
-    environment = {**os.environ, "PYTHONPATH": str(CLOUD_INIT)}
+    environment = {**os.environ, "PYTHONPATH": f"{CLOUD_INIT}/usr/lib/python3/dist-packages"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -452,7 +470,7 @@ def test_sections_reach_the_config(instances: dict[str, Instance], tmp_path: Pat
     assert (settings.action.checkpoint_dir, settings.action.num_steps) == ("gs://bucket/droid", 5)
     assert (settings.planner.checkpoint_dir, settings.planner.cadence) == ("/cache/checkpoints/ours", "background")
     assert settings.gateway.tls is not None
-    assert settings.gateway.tls.client_ca_file == Path("/run/openpi-flash/secrets/clients.crt")
+    assert settings.gateway.tls.client_ca_file == Path("/run/secrets/clients.crt")
     combined = instances["combined"].settings(tmp_path)
     assert combined.action is not None and combined.planner is not None
     assert combined.action.checkpoint_dir == "/cache/checkpoints/action"
@@ -472,7 +490,7 @@ def test_the_right_containers_run(instances: dict[str, Instance], server: str) -
     registry = instance.files["/etc/openpi-flash/images"].split("/", 1)[0] + "/openpi-flash"
     tag = ":v0.1.0" if server == "full" else ":latest"
     images = {
-        "action": f"{registry}/action-{'jax' if server == 'full' else 'torch'}{tag}",
+        "action": f"{registry}/action-{ {'combined': 'jax', 'full': 'torch-compile'}.get(server, 'torch') }{tag}",
         "planner": f"{registry}/planner{tag}",
         "gateway": f"{registry}/gateway" + (f"@{DIGEST}" if server == "full" else tag),
         "edge": f"{registry}/edge{tag}",
@@ -484,16 +502,17 @@ def test_the_right_containers_run(instances: dict[str, Instance], server: str) -
         assert container.one("--user") == "10001:10001"
         assert "--read-only" in dict(container.options)
         assert container.all("--gpus") == (["all"] if service in slots else [])
-        if service == "edge":
-            assert container.one("--entrypoint") == "openpi-flash-transport"
-            assert container.command[-1] == "server"
-        else:
-            assert container.one("--entrypoint") == "python"
-            assert container.command == ("-m", f"openpi_flash_{service}")
-            assert container.environment["INFERENCE_CONFIG_PATH"] == "/etc/openpi-flash/config.json"
+        assert container.command == ()  # as the image says
+        assert container.environment["INFERENCE_CONFIG_PATH"] == "/etc/openpi-flash/config.json"
     pulled = instance.files["/etc/openpi-flash/images"].split()
-    assert sorted(pulled) == sorted(images[service] for service in services)
-    assert yaml.safe_load(instance.user_data)["runcmd"][-1] == ["systemctl", "start", "--no-block", "openpi-flash.target"]
+    tools = [f"{registry}/tools{tag}"] if server != "planner" else []  # where a checkpoint is prepared
+    assert sorted(pulled) == sorted([*(images[service] for service in services), *tools])
+    assert yaml.safe_load(instance.user_data)["runcmd"][-1] == [
+        "systemctl",
+        "start",
+        "--no-block",
+        "openpi-flash.target",
+    ]
 
 
 def test_environment_reaches_the_services(instances: dict[str, Instance]) -> None:
@@ -501,35 +520,27 @@ def test_environment_reaches_the_services(instances: dict[str, Instance]) -> Non
     for service in ("action", "planner"):
         environment = full.container(service).environment
         assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.4"
-        assert environment["HF_TOKEN_PATH"] == "/run/openpi-flash/secrets/hf-token"
+        assert environment["HF_TOKEN_PATH"] == "/run/secrets/hf-token"
     assert full.container("action").environment["OPENPI_PYTORCH_COMPILE_MODE"] == "max-autotune"
     assert "OPENPI_PYTORCH_COMPILE_MODE" not in instances["action"].container("action").environment
     assert not [name for name in full.container("gateway").environment if name.startswith(("HF_TOKEN", "XLA_"))]
 
 
 @each_server
-def test_edge_is_told_what_serve_tells_it(instances: dict[str, Instance], tmp_path: Path, server: str) -> None:
-    """The edge's variables and the command line that `openpi-flash serve` makes of the same config.json agree."""
-    settings = instances[server].settings(tmp_path)
-    if settings.gateway.auth is not None:  # `serve` reads the tokens; here it may read some
-        tokens = tmp_path / "tokens"
-        tokens.write_text("secret\n")
-        auth = settings.gateway.auth.model_copy(update={"tokens_file": tokens})
-        settings = settings.model_copy(update={"gateway": settings.gateway.model_copy(update={"auth": auth})})
-    argv = list(edge_program(settings, Path("edge"), tmp_path).argv)
-    container = instances[server].container("edge")
-    assert container.command[:2] == tuple(argv[1:3])  # --log-format
-    options = dict(zip(argv[4::2], argv[5::2], strict=True))
-    expected = {"OPENPI_FLASH_" + name[2:].upper().replace("-", "_"): value for name, value in options.items()}
-    if server != "full":  # left to the edge, whose own value it is
-        del expected["OPENPI_FLASH_MAX_MESSAGE_BYTES"], expected["OPENPI_FLASH_DEFAULT_TIMEOUT_MS"]
-    for name in ("OPENPI_FLASH_TOKENS_FILE", "OPENPI_FLASH_UPSTREAM_TOKEN_FILE"):
-        if name in expected:
-            expected[name] = "/run/openpi-flash/secrets/tokens"
-    environment = container.environment
-    assert environment.pop("OPENPI_FLASH_STATE_DIR") == "/cache/edge"
-    assert instances[server].outputs["public_ip"] in environment.pop("OPENPI_FLASH_NAMES").split(",")
-    assert environment == expected
+def test_edge_meets_the_gateway_and_keeps_its_certificate(
+    instances: dict[str, Instance], tmp_path: Path, server: str
+) -> None:
+    settings, edge = instances[server].settings(tmp_path), instances[server].container("edge")
+    mounts = [dict(part.partition("=")[::2] for part in mount.split(",")) for mount in edge.all("--mount")]
+    assert instances[server].container("gateway").all("--mount") == edge.all("--mount")
+    writable = {mount["dst"] for mount in mounts if "readonly" not in mount}
+    for slot in settings.slots:
+        socket = getattr(settings, f"{slot}_transport").unix_socket_path
+        assert str(socket.parent) in writable
+    assert edge.environment["OPENPI_FLASH_STATE_DIR"].startswith("/cache/")
+    assert "/cache" in writable
+    assert instances[server].outputs["public_ip"] in edge.environment["OPENPI_FLASH_NAMES"].split(",")
+    assert {mount["dst"] for mount in mounts} - writable == {"/etc/openpi-flash", "/run/secrets"}
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on the path (package systemd)")
@@ -564,14 +575,16 @@ def place(root: Path, path: str, content: str, mode: int) -> Path:
 # Preparing
 
 
-def run_prepare(instance: Instance, directory: Path, **stubs: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def run_prepare(
+    instance: Instance, directory: Path, **stubs: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Runs the script of the user data with programs that write down how they were called; gives those lines."""
     calls = directory / "calls"
     calls.touch()
     programs = {
         "aws": 'case "$1 $2" in "ssm get-parameter") echo "value of ${7}";; *) echo password;; esac',
         "docker": "",
-        "iptables": '[[ $2 != -C ]]',
+        "iptables": "[[ $2 != -C ]]",
         "nvidia-smi": "",
         "sleep": "",
         **stubs,
@@ -613,13 +626,13 @@ def test_prepare_fetches_secrets_images_and_checkpoints(instances: dict[str, Ins
     docker = [call for call in calls if call.startswith("docker")]
     assert docker[0] == f"docker login --username AWS --password-stdin {host}"
     images = instances["full"].files["/etc/openpi-flash/images"].split()
-    assert docker[1:5] == [f"docker pull --quiet {image}" for image in images]
+    assert docker[1 : 1 + len(images)] == [f"docker pull --quiet {image}" for image in images]
     (run,) = (call for call in docker if call.startswith("docker run"))
     assert run.endswith(
-        f"--entrypoint openpi-flash {host}/openpi-flash/planner:v0.1.0 prepare-planner-checkpoint "
+        f" {host}/openpi-flash/tools:v0.1.0 prepare-planner-checkpoint "
         "--output-dir /cache/checkpoints/ours --hf-repo lab/private@v2 --tar-path-in-repo a/b.tar"
     )
-    assert "--env HF_TOKEN_PATH=/run/openpi-flash/secrets/hf-token" in run
+    assert "--env HF_TOKEN_PATH=/run/secrets/hf-token" in run
     assert any("--uid-owner 10001 -j REJECT" in call for call in calls if call.startswith("iptables -w -A"))
 
 
@@ -634,7 +647,7 @@ def test_prepare_makes_both_checkpoints(instances: dict[str, Instance], tmp_path
 
 @needs_root
 def test_prepare_tries_until_it_works(instances: dict[str, Instance], tmp_path: Path) -> None:
-    failing = f'echo >>{tmp_path}/tries; [[ $(wc -l <{tmp_path}/tries) -gt 3 ]]'
+    failing = f"echo >>{tmp_path}/tries; [[ $(wc -l <{tmp_path}/tries) -gt 3 ]]"
     done, calls = run_prepare(instances["action"], tmp_path, docker=failing)
     assert done.returncode == 0, done.stderr
     assert [call for call in calls if call.startswith("sleep")] == ["sleep 2", "sleep 4", "sleep 8"]

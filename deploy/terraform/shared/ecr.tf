@@ -1,7 +1,7 @@
 # One repository for each image.
 
 locals {
-  images = toset(["action-torch", "action-jax", "planner", "gateway", "edge"])
+  images = toset(["action-torch", "action-torch-compile", "action-jax", "planner", "gateway", "edge", "tools"])
 }
 
 resource "aws_ecr_repository" "image" {

@@ -14,7 +14,7 @@ locals {
   transport = {
     for slot in local.slots : slot => merge(
       local.defaults[slot],
-      { unix_socket_path = "${local.socket_dir}/${slot}.sock" },
+      { unix_socket_path = "${local.folders.sockets.container}/${slot}.sock" },
       try(var.extra_config["${slot}_transport"], {}),
     )
   }
@@ -30,13 +30,15 @@ locals {
     }
   ]...)
 
-  # Paths, the same on the host and in the containers, except for /cache.
-  etc_dir    = "/etc/openpi-flash"
-  cache_dir  = "/var/lib/openpi-flash/cache"
-  run_dir    = "/run/openpi-flash"
-  socket_dir = "${local.run_dir}/sockets"
-  secret_dir = "${local.run_dir}/secrets"
-  user_id    = 10001
+  # Folders of the host, and where the containers see them.
+  folders = {
+    etc     = { host = "/etc/openpi-flash", container = "/etc/openpi-flash", readonly = true }
+    secrets = { host = "/run/openpi-flash/secrets", container = "/run/secrets", readonly = true }
+    sockets = { host = "/run/openpi-flash/sockets", container = "/run/openpi-flash", readonly = false }
+    cache   = { host = "/var/lib/openpi-flash/cache", container = "/cache", readonly = false }
+  }
+  etc_dir = local.folders.etc.host
+  user_id = 10001 # that of the images
 
   secrets = { for name, parameter in {
     tokens        = var.auth_tokens_parameter
@@ -45,7 +47,7 @@ locals {
     "tls.key"     = try(var.tls.private_key_parameter, null)
     "clients.crt" = try(var.tls.client_ca_parameter, null)
   } : name => parameter if parameter != null }
-  secret_file = { for name in keys(local.secrets) : name => "${local.secret_dir}/${name}" }
+  secret_file = { for name in keys(local.secrets) : name => "${local.folders.secrets.container}/${name}" }
 
   config = merge(
     var.extra_config,
@@ -72,88 +74,58 @@ locals {
     planner = var.prepare_planner_checkpoint ? var.planner_prep_output_dir : null
   }
 
-  slot_image = { action = "action-${var.action_backend}", planner = "planner" }
-  image = { for image in concat([for slot in local.slots : local.slot_image[slot]], ["gateway", "edge"]) :
-    image => "${var.image_registry}/${image}${can(var.image_digests[image]) ? "@${var.image_digests[image]}" : ":${var.image_tag}"}"
+  slot_image = {
+    action  = "action-${var.action_backend}${var.pytorch_compile_mode == null ? "" : "-compile"}"
+    planner = "planner"
   }
-
-  # docker's arguments that every container has.
-  confined = [
-    "--rm", "--log-driver", "none", # what they say goes to the journal
-    "--user", "${local.user_id}:${local.user_id}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-    "--read-only", "--tmpfs", "/tmp:rw,nosuid,nodev,size=1g",
-    "--mount", "type=bind,src=${local.etc_dir},dst=${local.etc_dir},readonly",
-    "--mount", "type=bind,src=${local.secret_dir},dst=${local.secret_dir},readonly",
-    "--mount", "type=bind,src=${local.socket_dir},dst=${local.socket_dir}",
-    "--mount", "type=bind,src=${local.cache_dir},dst=/cache",
-    "--pull", "never", # openpi-flash-prepare pulls
-  ]
-
-  # The user of the containers has no home and no name in their images.
-  common_environment = {
-    HOME                  = "/cache"
-    USER                  = "openpi"
-    XDG_CACHE_HOME        = "/cache/xdg"
-    HF_HOME               = "/cache/huggingface"
-    INFERENCE_CONFIG_PATH = "${local.etc_dir}/config.json"
-  }
-  hub_environment = { for path in [lookup(local.secret_file, "hf-token", null)] : "HF_TOKEN_PATH" => path if path != null }
-  model_environment = merge(local.common_environment, local.hub_environment, {
-    TORCHINDUCTOR_CACHE_DIR       = "/cache/torchinductor"
-    TRITON_CACHE_DIR              = "/cache/triton"
-    JAX_COMPILATION_CACHE_DIR     = "/cache/jax"
-    XLA_PYTHON_CLIENT_PREALLOCATE = "false" # two services may share one GPU
-  }, var.environment)
-
-  # The edge has no config.json: the same variables as `openpi-flash serve` gives it.
-  edge_environment = { for name, value in merge(
-    {
-      OPENPI_FLASH_STATE_DIR           = "/cache/edge"
-      OPENPI_FLASH_NAMES               = "localhost,127.0.0.1,${aws_eip.this.public_ip}"
-      OPENPI_FLASH_MAX_MESSAGE_BYTES   = try(min(local.gateway_settings.max_message_bytes, 64 * 1024 * 1024), null)
-      OPENPI_FLASH_MAX_IN_FLIGHT       = try(local.gateway_settings.max_in_flight, 64)
-      OPENPI_FLASH_DEFAULT_TIMEOUT_MS  = try(local.gateway_settings.default_timeout_ms, null)
-      OPENPI_FLASH_TOKENS_FILE         = lookup(local.secret_file, "tokens", null)
-      OPENPI_FLASH_UPSTREAM_TOKEN_FILE = lookup(local.secret_file, "tokens", null)
-      OPENPI_FLASH_CERT_FILE           = lookup(local.secret_file, "tls.crt", null)
-      OPENPI_FLASH_KEY_FILE            = lookup(local.secret_file, "tls.key", null)
-      OPENPI_FLASH_CLIENT_CA_FILE      = lookup(local.secret_file, "clients.crt", null)
-    },
-    [for slot in local.slots : {
-      "OPENPI_FLASH_${upper(slot)}_UPSTREAM" = "unix:${local.transport[slot].unix_socket_path}"
-      "OPENPI_FLASH_${upper(slot)}_LISTEN"   = "0.0.0.0:${local.transport[slot].quic_port}"
-    }]...
-  ) : name => value if value != null }
-
   services = merge(
     { for slot in local.slots : slot => {
       description = slot == "action" ? "action policy" : "subtask planner"
-      image       = local.image[local.slot_image[slot]]
+      image       = local.slot_image[slot]
       after       = []
-      environment = merge(local.model_environment, { for mode in [var.pytorch_compile_mode] :
+      options     = ["--gpus", "all"]
+      environment = merge(local.hub_environment, var.environment, { for mode in [var.pytorch_compile_mode] :
         "OPENPI_PYTORCH_COMPILE_MODE" => mode if slot == "action" && mode != null
       })
-      options = ["--gpus", "all"]
-      command = ["python", "-m", "openpi_flash_${slot}"]
     } },
     {
       gateway = {
         description = "gateway: WebSocket and gRPC for robots"
-        image       = local.image["gateway"]
+        image       = "gateway"
         after       = local.slots # and so is stopped before them
-        environment = local.common_environment
         options     = []
-        command     = ["python", "-m", "openpi_flash_gateway"]
+        environment = {}
       }
       edge = {
         description = "edge: QUIC for robots"
-        image       = local.image["edge"]
+        image       = "edge"
         after       = ["gateway"]
-        environment = local.edge_environment
         options     = []
-        command     = ["openpi-flash-transport", "--log-format", try(var.extra_config.log.format, "text"), "server"]
+        environment = {
+          OPENPI_FLASH_STATE_DIR = "/cache/edge" # its certificate outlives a restart
+          OPENPI_FLASH_NAMES     = "localhost,127.0.0.1,${aws_eip.this.public_ip}"
+        }
       }
     },
+  )
+  hub_environment = { for path in [lookup(local.secret_file, "hf-token", null)] : "HF_TOKEN_PATH" => path if path != null }
+
+  image = { for image in concat(values(local.services)[*].image, var.prepare_checkpoint || var.prepare_planner_checkpoint ? ["tools"] : []) :
+    image => "${var.image_registry}/${image}${can(var.image_digests[image]) ? "@${var.image_digests[image]}" : ":${var.image_tag}"}"
+  }
+
+  # docker's arguments that every container has.
+  confined = concat(
+    [
+      "--rm", "--log-driver", "none", # what they say goes to the journal
+      "--user", "${local.user_id}:${local.user_id}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
+      "--read-only", "--tmpfs", "/tmp",
+      "--pull", "never", # openpi-flash-prepare pulls
+      "--env", "INFERENCE_CONFIG_PATH=${local.folders.etc.container}/config.json",
+    ],
+    flatten([for folder in values(local.folders) :
+      ["--mount", "type=bind,src=${folder.host},dst=${folder.container}${folder.readonly ? ",readonly" : ""}"]
+    ]),
   )
 
   # For each slot whose checkpoint is put together here, docker's arguments, one a line.
@@ -172,8 +144,8 @@ locals {
   preparation_files = { for slot, arguments in local.preparations :
     "${local.etc_dir}/prepare.d/${slot}" => join("\n", concat(
       local.confined,
-      flatten([for name, value in merge(local.common_environment, local.hub_environment) : ["--env", "${name}=${value}"]]),
-      ["--entrypoint", "openpi-flash", local.image[local.slot_image[slot]]],
+      flatten([for name, value in local.hub_environment : ["--env", "${name}=${value}"]]),
+      [local.image["tools"]],
       arguments,
       [""],
     )) if local.prepared[slot] != null
@@ -192,9 +164,8 @@ locals {
           local.confined,
           ["--network", "host"],
           service.options,
-          [for name, value in service.environment : "--env ${name}=${value}"],
-          ["--entrypoint ${service.command[0]}", service.image],
-          slice(service.command, 1, length(service.command)),
+          flatten([for name, value in service.environment : ["--env", "${name}=${value}"]]),
+          [local.image[service.image]],
         )
       })
     },

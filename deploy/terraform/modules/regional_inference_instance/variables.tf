@@ -143,8 +143,8 @@ variable "image_digests" {
   default     = {}
 
   validation {
-    condition     = alltrue([for image in keys(var.image_digests) : contains(["action-torch", "action-jax", "planner", "gateway", "edge"], image)])
-    error_message = "image_digests: the images are action-torch, action-jax, planner, gateway and edge."
+    condition     = alltrue([for image in keys(var.image_digests) : contains(["action-torch", "action-torch-compile", "action-jax", "planner", "gateway", "edge", "tools"], image)])
+    error_message = "image_digests: the images are action-torch, action-torch-compile, action-jax, planner, gateway, edge and tools."
   }
 
   validation {
@@ -232,6 +232,11 @@ variable "pytorch_compile_mode" {
   validation {
     condition     = var.pytorch_compile_mode == null || contains(["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"], coalesce(var.pytorch_compile_mode, "default"))
     error_message = "pytorch_compile_mode: expected default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs."
+  }
+
+  validation {
+    condition     = var.pytorch_compile_mode == null || var.action_backend == "torch"
+    error_message = "pytorch_compile_mode: JAX always compiles; this is for action_backend torch."
   }
 }
 
