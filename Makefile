@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs test-deploy test-compose
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-terraform images chart
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -83,11 +83,36 @@ test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane 
 	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin
 	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes $(PYTEST_ARGS)
 
+IMAGES := action-torch action-jax planner gateway edge tools
+TAG ?= latest
+images: ## Container images, TAG (latest); with REGISTRY named for it, with PUSH=1 pushed there
+	for image in $(IMAGES); do \
+		name=$(if $(REGISTRY),$(REGISTRY)/)openpi-flash/$$image:$(TAG); \
+		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image --tag $$name .; \
+		$(if $(PUSH),docker push $$name,:); done
+
+chart: ## The Helm chart, as a package in dist/ (helm)
+	helm package deploy/helm/openpi-flash --destination dist
+
 # Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
 test-deploy: test-compose ## Deployments, for real: images and docker-compose.yaml on a Docker engine of this machine
 
 test-compose: .venv/.dev $(STOCK_CLIENT)
 	OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh $(PY) -m pytest -s -x tests/deploy/compose_checks.py
+
+# What stands in for AWS, in an environment of its own. cloud-init, where apt has it, is unpacked there and not installed.
+TERRAFORM_ENV := .cache/terraform-env
+$(TERRAFORM_ENV)/.done: requirements/terraform.txt | $(filter .cache/%,$(UV))
+	$(UV) venv --quiet --clear --python '>=3.11,<3.14' $(@D)
+	$(UV) pip install --quiet --python $(@D) --require-hashes -r $<
+	-cd $(@D) && { apt-get download -qq cloud-init || { apt-get update -qq && apt-get download -qq cloud-init; }; } 2>/dev/null \
+		&& dpkg -x cloud-init_*.deb cloud-init
+	@touch $@
+
+test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (needs terraform 1.9 or newer)
+	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
+		$(<D)/bin/python -m pytest -q --noconftest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
+		tests/deploy/terraform_test.py $(PYTEST_ARGS)
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60
@@ -172,6 +197,9 @@ lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirement
 		"jax openpi-flash-planner" "jax-cuda openpi-flash-planner --extra cuda"; \
 	for image in "$$@"; do set -- $$image; name=$$1; shift; \
 		$(UV) export --quiet --no-header --no-annotate --no-emit-workspace --package "$$@" -o requirements/image-$$name.txt >/dev/null; done
+	# What tests of Terraform need.
+	printf 'awscli\nboto3\nconfigobj\nflask\nflask-cors\njsonpatch\njsonschema\nmoto[ec2,iam,ssm]\noauthlib\npydantic\npytest\npytest-timeout\npyyaml\nshellcheck-py\n' \
+		| $(UV) pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 -o requirements/terraform.txt - >/dev/null
 	cargo update --quiet
 	sed 's/^source = .*/source/' Cargo.lock > requirements/cargo.lock
 
