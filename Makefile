@@ -83,7 +83,7 @@ test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane 
 	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin
 	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes $(PYTEST_ARGS)
 
-IMAGES := action-torch action-jax planner gateway edge tools
+IMAGES := action-torch action-torch-compile action-jax planner gateway edge tools
 TAG ?= latest
 images: ## Container images, TAG (latest); with REGISTRY named for it, with PUSH=1 pushed there
 	for image in $(IMAGES); do \
