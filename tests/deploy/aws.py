@@ -156,7 +156,7 @@ def find_terraform() -> str:
 
 
 def find_mirror() -> Path | None:
-    """The providers that TF_PLUGIN_DIR names, or that lie where such folders lie; None: the registry is asked."""
+    """The folder of providers that TF_PLUGIN_DIR names, or that lies where such folders lie; None: ask the registry."""
     named = os.environ.get("TF_PLUGIN_DIR")
     if named:
         if not (Path(named) / PROVIDER).is_dir():
