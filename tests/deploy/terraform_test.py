@@ -724,13 +724,21 @@ def test_shell_of_the_walk_by_hand_is_sound(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_walk_by_hand_works(aws: StandIn, tmp_path: Path) -> None:
-    """In a region of its own: what Terraform made is elsewhere."""
-    region = "us-east-2"
+@pytest.fixture
+def empty_account(tmp_path: Path) -> Iterator[StandIn]:
+    with stand_in(tmp_path) as server:
+        yield server
+
+
+def test_walk_by_hand_works(empty_account: StandIn, tmp_path: Path) -> None:
     *steps, clean_up = blocks("bash")
     look = "aws ec2 describe-instances >instances.json; aws ec2 describe-security-group-rules >rules.json"
-    script = "\n".join(["set -euo pipefail", *steps, look, clean_up]).replace("us-west-2", region, 1)
-    environment = {**os.environ, **aws.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = "\n".join(["set -euo pipefail", *steps, look, clean_up])
+    environment = {
+        **os.environ,
+        **empty_account.environment,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -745,7 +753,7 @@ def test_walk_by_hand_works(aws: StandIn, tmp_path: Path) -> None:
     }
     # Caddy's 443 and 80, QUIC past it, and the two ports that the load balancer alone reaches.
     assert inward == {("tcp", 443), ("tcp", 80), ("udp", 5555), ("tcp", 8000), ("tcp", 50051)}
-    assert not aws.client("ecr", region).describe_repositories()["repositories"]
-    assert not aws.client("ec2", region).describe_addresses()["Addresses"]
-    assert not aws.client("elbv2", region).describe_load_balancers()["LoadBalancers"]
-    assert not aws.client("ssm", region).describe_parameters()["Parameters"]
+    assert not empty_account.client("ecr", REGION).describe_repositories()["repositories"]
+    assert not empty_account.client("ec2", REGION).describe_addresses()["Addresses"]
+    assert not empty_account.client("elbv2", REGION).describe_load_balancers()["LoadBalancers"]
+    assert not empty_account.client("ssm", REGION).describe_parameters()["Parameters"]
