@@ -1,6 +1,6 @@
 """What the Modal apps share: image, volume, Dict, settings and secrets.
 
-Read when an app is deployed: `.env` at the root of the checkout, whose variables become the containers', and
+Read when an app is deployed: `.env` beside this file, whose variables become the containers', and
 OPENPI_MODAL_CONFIG (settings file; default config.json), OPENPI_MODAL_GPU (default L40S), OPENPI_MODAL_REGION and
 OPENPI_MODAL_DICT.
 """
@@ -50,7 +50,18 @@ if modal.is_local() and not _config.is_file():
         f"{_config}: no settings; copy config.example.json there, or name a file by OPENPI_MODAL_CONFIG"
     )
 
-IGNORED = [".git", ".venv", ".cache", "**/__pycache__", "target", "dist", "build", "Cargo.lock", ".env", "config.json"]
+IGNORED = [
+    ".git",
+    ".venv",
+    ".cache",
+    "**/__pycache__",
+    "target",
+    "dist",
+    "build",
+    "Cargo.lock",
+    "**/.env",
+    "config.json",
+]
 
 image = (
     modal.Image.debian_slim(python_version="3.11")
@@ -62,5 +73,5 @@ image = (
     .add_local_python_source("openpi_flash_modal")
 )
 
-_dotenv = ROOT / ".env"
-secrets = [modal.Secret.from_dotenv(ROOT)] if modal.is_local() and _dotenv.exists() else []
+_dotenv = Path(__file__).with_name(".env")
+secrets = [modal.Secret.from_dotenv(_dotenv.parent)] if modal.is_local() and _dotenv.exists() else []

@@ -1,6 +1,7 @@
 """What files show without an engine: images hold what their packages need; the stack publishes what it should."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,9 @@ def test_every_service_is_confined():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_a_plain_up_is_the_laptops():
+    tracked = subprocess.run(["git", "ls-files", ".env"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert tracked.strip() == ".env", "without it `docker compose up` starts nothing"
+    assert "COMPOSE_PROFILES=laptop" in (ROOT / ".env").read_text()
