@@ -84,12 +84,13 @@ test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane 
 	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes $(PYTEST_ARGS)
 
 IMAGES := action-torch action-torch-compile action-jax planner gateway edge tools
-TAG ?= latest
-images: ## Container images, TAG (latest); with REGISTRY named for it, with PUSH=1 pushed there
+TAGS ?= latest
+images: ## Container images, tagged TAGS (latest); ACCELERATOR=cuda: JAX for GPUs; REGISTRY=… names them for it, PUSH=1 pushes
 	for image in $(IMAGES); do \
-		name=$(if $(REGISTRY),$(REGISTRY)/)openpi-flash/$$image:$(TAG); \
-		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image --tag $$name .; \
-		$(if $(PUSH),docker push $$name,:); done
+		name=$(if $(REGISTRY),$(REGISTRY)/)openpi-flash/$$image; \
+		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image \
+			$(if $(ACCELERATOR),--build-arg ACCELERATOR=$(ACCELERATOR)) $(TAGS:%=--tag $$name:%) .; \
+		$(if $(PUSH),for tag in $(TAGS); do docker push $$name:$$tag; done,:); done
 
 chart: ## The Helm chart, as a package in dist/ (helm)
 	helm package deploy/helm/openpi-flash --destination dist
