@@ -81,7 +81,7 @@ test: .venv/.dev $(STOCK_CLIENT) $(MODAL) Cargo.lock ## All tests
 # helm, kubectl and the control plane are built below .cache from their Go modules; cold, that is some 15 minutes of CPU.
 test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane with simulated nodes (Go; no container runs)
 	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin
-	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes $(PYTEST_ARGS)
+	KUBERNETES_TOOLS=.cache/kubernetes/bin $(PY) -m pytest -q tests/deploy/kubernetes/helm_checks.py $(PYTEST_ARGS)
 
 IMAGES := action-torch action-torch-compile action-jax planner gateway edge tools
 TAGS ?= latest
@@ -113,7 +113,7 @@ $(TERRAFORM_ENV)/.done: requirements/terraform.txt | $(filter .cache/%,$(UV))
 test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (needs terraform 1.9 or newer)
 	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
 		$(<D)/bin/python -m pytest -q --noconftest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
-		tests/deploy/terraform_test.py $(PYTEST_ARGS)
+		tests/deploy/terraform_checks.py $(PYTEST_ARGS)
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -15,9 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from openpi_flash.v1 import inference_pb2, types_pb2
 from openpi_flash_cli.demo import free_ports
 from openpi_flash_cli.edge import find_binary
 from openpi_flash_cli.tiny import TinyPolicy
+from PIL import Image
 
 READY = "Service ready"
 
@@ -195,3 +198,22 @@ def sidecar(
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def stub_request(observation: dict[str, Any], seed: int) -> inference_pb2.InferRequest:
+    """What a robot with generated stubs sends: pictures as typed images, here as PNG."""
+    request = inference_pb2.InferRequest(seed=seed)
+    for name, value in observation.items():
+        if name == "prompt":
+            request.observation.prompt = value
+        elif value.ndim == 3:
+            png = io.BytesIO()
+            Image.fromarray(value).save(png, "PNG")
+            image = request.observation.images[name]
+            image.encoding, image.height, image.width = types_pb2.IMAGE_ENCODING_PNG, *value.shape[:2]
+            image.data = png.getvalue()
+        else:
+            tensor = request.observation.tensors[name]
+            tensor.dtype, tensor.data = types_pb2.DTYPE_FLOAT64, value.astype("<f8").tobytes()
+            tensor.shape.extend(value.shape)
+    return request

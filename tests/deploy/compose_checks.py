@@ -5,7 +5,6 @@ each on what the one before left running.
 """
 
 import contextlib
-import io
 import json
 import re
 import socket
@@ -22,11 +21,11 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from openpi_flash.v1 import inference_pb2, policy_pb2_grpc, types_pb2
+from openpi_flash.v1 import policy_pb2_grpc
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy, PolicyError
-from PIL import Image
 
 from tests.interop.robots import robots
+from tests.support import stub_request
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "openpi-flash-test"  # with volumes of its own
@@ -165,27 +164,9 @@ def test_generated_stubs_and_reflection(stack, address, observation):
         assert {"openpi_flash.v1.PolicyService", "grpc.health.v1.Health"} <= set(database.get_services())
         pool = descriptor_pool.DescriptorPool(database)
         assert "Infer" in pool.FindServiceByName("openpi_flash.v1.PolicyService").methods_by_name
-        answer = policy_pb2_grpc.PolicyServiceStub(channel).Infer(request_of(observation), timeout=30)
+        answer = policy_pb2_grpc.PolicyServiceStub(channel).Infer(stub_request(observation, seed=7), timeout=30)
     assert tuple(answer.tensors["actions"].shape) == ACTIONS
     assert answer.timing.model_ms > 0
-
-
-def request_of(observation: dict[str, Any]) -> inference_pb2.InferRequest:
-    request = inference_pb2.InferRequest(seed=7)
-    for name, value in observation.items():
-        if name == "prompt":
-            request.observation.prompt = value
-        elif value.ndim == 3:
-            png = io.BytesIO()
-            Image.fromarray(value).save(png, "PNG")
-            image = request.observation.images[name]
-            image.encoding, image.height, image.width = types_pb2.IMAGE_ENCODING_PNG, *value.shape[:2]
-            image.data = png.getvalue()
-        else:
-            tensor = request.observation.tensors[name]
-            tensor.dtype, tensor.data = types_pb2.DTYPE_FLOAT64, value.astype("<f8").tobytes()
-            tensor.shape.extend(value.shape)
-    return request
 
 
 def test_every_mode_and_the_planner_alone(stack, quic, grpc_policy, stock_python, observation_with_noise):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import os
 import signal
 import subprocess
@@ -17,17 +16,16 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.json_format import MessageToDict
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from openpi_flash.v1 import inference_pb2, policy_pb2_grpc, types_pb2
+from openpi_flash.v1 import inference_pb2, policy_pb2_grpc
 from openpi_flash_cli.tiny import TinyPolicy
 from openpi_flash_client import GrpcPolicy, InvalidArgumentError, PolicyError
 from openpi_flash_common import openpi_msgpack
 from openpi_flash_models.load import load_policy
 from openpi_flash_models.policy_configs import load_policy_config
-from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from tests.support import READY, Engine, start_engine
+from tests.support import READY, Engine, start_engine, stub_request
 
 SEED = 7
 IMAGE = "observation/exterior_image_1_left"
@@ -45,25 +43,6 @@ def open_websocket(engine: Engine) -> Iterator[ClientConnection]:
     with connect(f"ws://127.0.0.1:{engine.websocket_port()}", compression=None, max_size=None) as connection:
         assert openpi_msgpack.unpackb(connection.recv(60)) == {}  # DROID's configurations have no metadata
         yield connection
-
-
-def stub_request(observation: dict[str, Any]) -> inference_pb2.InferRequest:
-    """What a robot with generated stubs sends: pictures as typed images, here as PNG."""
-    request = inference_pb2.InferRequest(seed=SEED)
-    for name, value in observation.items():
-        if name == "prompt":
-            request.observation.prompt = value
-        elif value.ndim == 3:
-            png = io.BytesIO()
-            Image.fromarray(value).save(png, "PNG")
-            image = request.observation.images[name]
-            image.encoding, image.height, image.width = types_pb2.IMAGE_ENCODING_PNG, *value.shape[:2]
-            image.data = png.getvalue()
-        else:
-            tensor = request.observation.tensors[name]
-            tensor.dtype, tensor.data = types_pb2.DTYPE_FLOAT64, value.astype("<f8").tobytes()
-            tensor.shape.extend(value.shape)
-    return request
 
 
 def actions_of(response: inference_pb2.InferResponse) -> bytes:
@@ -90,8 +69,10 @@ def test_every_transport_gives_the_bits_of_a_direct_call(engine: Engine, observa
         np.testing.assert_array_equal(over_websocket(connection, observation | {"seed": SEED})["actions"], direct)
     with grpc.insecure_channel(f"127.0.0.1:{engine.grpc_port}") as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
-        assert actions_of(stub.Infer(stub_request(observation))) == direct.tobytes()
-        answer = next(stub.InferStream(iter([inference_pb2.InferStreamRequest(request=stub_request(observation))])))
+        assert actions_of(stub.Infer(stub_request(observation, SEED))) == direct.tobytes()
+        answer = next(
+            stub.InferStream(iter([inference_pb2.InferStreamRequest(request=stub_request(observation, SEED))]))
+        )
         assert actions_of(answer.response) == direct.tobytes()
 
 

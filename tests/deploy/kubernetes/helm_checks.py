@@ -20,14 +20,12 @@ from openpi_flash_common.settings import EngineSettings, load_settings
 from tests.deploy.kubernetes.cluster import TLS, Cluster, running_cluster
 from tests.deploy.kubernetes.values_table import readme_with_table, uncommented
 
-TOOLS = Path(os.environ.get("KUBERNETES_TOOLS", ""))
+TOOLS = Path(os.environ["KUBERNETES_TOOLS"])
 CHART = Path(__file__).parents[3] / "deploy/helm/openpi-flash"
 DEFAULTS = "defaults"
 VALUES = {DEFAULTS: None, **{path.stem: path for path in sorted((CHART / "ci").glob("*.yaml"))}}
 NAMESPACE = "robots"
 DRAIN_S = 30
-
-pytestmark = pytest.mark.skipif("KUBERNETES_TOOLS" not in os.environ, reason="make test-helm runs these")
 
 Object = Mapping[str, Any]
 

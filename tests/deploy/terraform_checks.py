@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openpi_flash_common.settings import EngineSettings, load_settings
-
-pytest.importorskip("moto", reason="`make test-terraform` runs this in an environment of its own")
-
 import yaml
+from openpi_flash_common.settings import EngineSettings, load_settings
 
 from tests.deploy.aws import GPU_IMAGE, TERRAFORM, StandIn, Terraform, stand_in
 
