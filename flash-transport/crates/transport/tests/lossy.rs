@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{HOLD, World, body};
-use openpi_flash_client::{Call, Client};
+use openpi_flash_client::{Answer, Call, Client, Error};
 use tokio::net::UdpSocket;
 use tokio::sync::Mutex;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 
 /// One way; error correction is used where a round trip takes a millisecond or more.
@@ -119,6 +119,14 @@ fn transfers(world: &World, direction: &str, path: &str) -> u64 {
     value.map_or(0, |value| value.parse().unwrap())
 }
 
+/// A call that the gateway has and does not answer yet.
+async fn hold(world: &World, client: &Client) -> JoinHandle<Result<Answer, Error>> {
+    let client = client.clone();
+    let held = tokio::spawn(async move { client.infer(HOLD.into(), Call::default()).await });
+    world.gateway.wait_started(1).await;
+    held
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lossy_link_is_crossed_by_datagrams() {
     let world = World::new().await;
@@ -183,11 +191,7 @@ async fn a_call_that_is_given_up_ends_the_work() {
     let world = World::new().await;
     let link = Link::to(world.address).await;
     let client = link.client(&world).await;
-    let held = tokio::spawn({
-        let client = client.clone();
-        async move { client.infer(HOLD.into(), Call::default()).await }
-    });
-    world.gateway.wait_started(1).await;
+    let held = hold(&world, &client).await;
     held.abort();
     world.gateway.wait(|gateway| gateway.dropped.load(Ordering::SeqCst) == 1).await;
     let sent = body(20_000);
@@ -199,11 +203,7 @@ async fn a_client_whose_address_changes_in_mid_call_loses_nothing() {
     let world = World::new().await;
     let link = Link::to(world.address).await;
     let client = link.client(&world).await;
-    let held = tokio::spawn({
-        let client = client.clone();
-        async move { client.infer(HOLD.into(), Call::default()).await }
-    });
-    world.gateway.wait_started(1).await;
+    let held = hold(&world, &client).await;
     link.weather.move_client.store(true, Ordering::SeqCst); // as a NAT does that has forgotten it
     let sent = body(60_000);
     assert!(client.infer(sent.clone(), Call::default()).await.unwrap().body.ends_with(&sent));
