@@ -22,6 +22,8 @@ DAY_S = 24 * 60 * 60
 
 volume = modal.Volume.from_name("openpi-flash", create_if_missing=True)
 rendezvous = modal.Dict.from_name(DICT, create_if_missing=True)
+serving = {"gpu": GPU, "region": REGION, "volumes": {CACHE: volume}, "timeout": DAY_S}
+"""What a container that serves has."""
 
 INSTALL = (
     # uv, Rust and the packages of the workspace that need a build, all as the Makefile pins them.

@@ -9,13 +9,7 @@ import openpi_flash_modal as resources
 app = modal.App("openpi-flash-tunnel", image=resources.image, secrets=resources.secrets)
 
 
-@app.function(
-    gpu=resources.GPU,
-    region=resources.REGION,
-    volumes={resources.CACHE: resources.volume},
-    timeout=resources.DAY_S,
-    max_containers=1,
-)
+@app.function(**resources.serving, max_containers=1)
 def serve() -> int:
     """Runs the engine until the app is stopped."""
     from openpi_flash_cli.modal_host import serve_tunnel

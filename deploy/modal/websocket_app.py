@@ -11,14 +11,7 @@ import openpi_flash_modal as resources
 app = modal.App("openpi-flash-websocket", image=resources.image, secrets=resources.secrets)
 
 
-@app.function(
-    gpu=resources.GPU,
-    region=resources.REGION,
-    volumes={resources.CACHE: resources.volume},
-    timeout=resources.DAY_S,
-    startup_timeout=30 * 60,
-    scaledown_window=10 * 60,
-)
+@app.function(**resources.serving, startup_timeout=30 * 60, scaledown_window=10 * 60)
 @modal.concurrent(max_inputs=64)
 @modal.asgi_app()
 def serve() -> Any:
