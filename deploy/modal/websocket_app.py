@@ -1,6 +1,6 @@
 """openpi's WebSocket protocol behind Modal's own HTTPS: `modal deploy deploy/modal/websocket_app.py`.
 
-Modal starts containers as robots come and stops them when they are gone. Its proxy takes frames of up to 2 MiB.
+Modal starts containers as robots come and stops them when they are gone.
 """
 
 from typing import Any
