@@ -112,8 +112,8 @@ $(TERRAFORM_ENV)/.done: requirements/terraform.txt | $(filter .cache/%,$(UV))
 
 test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (needs terraform 1.9 or newer)
 	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
-		$(<D)/bin/python -m pytest -q --noconftest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
-		tests/deploy/terraform_checks.py $(PYTEST_ARGS)
+		$(<D)/bin/python -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
+		--noconftest -p tests.deploy.aws.fixtures -o python_files='*_checks.py' tests/deploy/aws $(PYTEST_ARGS)
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60

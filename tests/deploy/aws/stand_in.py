@@ -14,7 +14,7 @@ from typing import Any
 
 import boto3
 
-TERRAFORM = Path(__file__).parents[2] / "deploy/terraform"
+TERRAFORM = Path(__file__).parents[3] / "deploy/terraform"
 PROVIDER = "registry.terraform.io/hashicorp/aws/5.100.0"
 
 GPU_IMAGE = {
