@@ -183,12 +183,10 @@ impl Client {
             return Err(Error::Invalid(format!("a request of {} bytes; at most {MAX_BODY_LENGTH} fit", body.len())));
         };
         let mut request = Request {
-            method,
-            timeout_ms: 0,
             session: call.session.unwrap_or_else(|| inner.session.clone()),
             traceparent: call.traceparent,
             tracestate: call.tracestate,
-            body_length,
+            ..Request::new(method, body_length)
         };
         match timeout_at(by, inner.call(&mut request, body, by)).await {
             Ok(answer) => answer,
@@ -254,7 +252,7 @@ impl Inner {
         let by = Instant::now() + self.options.connect_timeout;
         loop {
             let error = match timeout_at(by, self.pending()?).await {
-                Ok(Ok(link)) if link.connection.close_reason().is_none() => return Ok(link),
+                Ok(Ok(link)) if link.is_usable() => return Ok(link),
                 Ok(Ok(_)) => continue,
                 Ok(Err(error)) => error,
                 Err(_) => self.unavailable(format!("no connection within {:?}", self.options.connect_timeout)),
@@ -270,11 +268,11 @@ impl Inner {
     fn pending(self: &Arc<Self>) -> Result<Pending, Error> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.closed {
-            return Err(Error::Invalid("the client is closed".into()));
+            return Err(Error::Closed);
         }
         let usable = state.link.as_ref().filter(|link| match link.peek() {
             None => true,
-            Some(Ok(link)) => link.connection.close_reason().is_none(),
+            Some(Ok(link)) => link.is_usable(),
             Some(Err(_)) => false,
         });
         if let Some(link) = usable {
@@ -324,7 +322,7 @@ async fn stay_connected(inner: Weak<Inner>) {
                     pause = PAUSE.0;
                 }
                 let reason = link.connection.closed().await;
-                connected.send_replace(false);
+                connected.send_if_modified(std::mem::take);
                 tracing::info!("connection ended: {reason}");
             }
             Err(error) => tracing::debug!("not connected: {error}"),
@@ -369,7 +367,7 @@ async fn connect(inner: Arc<Inner>, path: Option<Path>) -> Result<Arc<Link>, Err
     match found {
         Some((_, link)) if state.closed => {
             link.close();
-            Err(Error::Invalid("the client is closed".into()))
+            Err(Error::Closed)
         }
         Some((_, link)) => Ok(link),
         None => Err(failure),

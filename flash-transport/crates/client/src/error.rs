@@ -32,6 +32,9 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The client has been closed.
+    #[error("the client is closed")]
+    Closed,
     /// The options, or the call's arguments, cannot be used.
     #[error("{0}")]
     Invalid(String),
@@ -45,6 +48,7 @@ impl Error {
             Self::Unavailable { .. } => Code::Unavailable,
             Self::DeadlineExceeded { .. } => Code::DeadlineExceeded,
             Self::Untrusted { .. } => Code::Unauthenticated,
+            Self::Closed => Code::Cancelled,
             Self::Invalid(_) => Code::InvalidArgument,
         }
     }

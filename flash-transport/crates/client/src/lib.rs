@@ -2,9 +2,8 @@
 //!
 //! A [`Client`] is made once. It stays connected, and connects again by itself after a restart of the server, a dead
 //! link or a change of address; a request that a lost connection left without an answer is sent once more within its
-//! deadline. [`blocking::Client`] is the same for programs without a runtime of their own.
+//! deadline.
 
-pub mod blocking;
 mod client;
 mod error;
 mod link;

@@ -3,15 +3,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::future::pending;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use openpi_flash_congestion::{BurstConfig, measured_rate};
-use openpi_flash_quic::messages::{Delivery, Limits, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
+use openpi_flash_quic::messages::{Delivery, Messages, Redundancy};
 use openpi_flash_quic::stream::{ReadFault, read_frame, write, write_frame};
 use openpi_flash_quic::{ExactRuntime, MAX_PACKET, accept_large_packets, code, socket};
-use openpi_flash_wire::{CloseCode, Frame, Hello, Method, Request, Response, encode};
+use openpi_flash_wire::{CloseCode, Code, Frame, Hello, Refusal, Request, Response, WireError, encode};
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream, WriteError,
 };
@@ -31,12 +32,16 @@ pub(crate) struct Link {
     answers: Answers,
     /// Whether it is known what the path carries.
     explored: watch::Receiver<bool>,
+    /// What an earlier connection has measured, until this one has.
+    known_rate: Option<f64>,
+    /// Whether the server takes no more here.
+    leaving: AtomicBool,
 }
 
 /// What a connection has found its path to be like.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Path {
-    /// Bytes per second; none where it is as good as what is assumed.
+    /// Bytes per second; none where no burst was long enough to show it.
     rate: Option<f64>,
     redundancy: Redundancy,
 }
@@ -115,30 +120,26 @@ impl Link {
                 connection
             }
         };
-        let limits = Limits {
-            message_length: MAX_MESSAGE_LENGTH.min(options.max_answer_bytes),
-            age: MAX_AGE,
-            ..Limits::default()
-        };
         let redundancy = path.map(|path| path.redundancy).unwrap_or_default();
-        let messages = Messages::new(connection.clone(), limits, redundancy);
+        let messages = Messages::new(connection.clone(), options.max_answer_bytes, redundancy);
         let answers = Answers::default();
         tokio::spawn({
             let (messages, answers) = (messages.clone(), Arc::clone(&answers));
             async move { messages.run(VecDeque::new(), |_| true, |id, answer| take(&answers, id, answer)).await }
         });
         let (explore, explored) = watch::channel(path.is_some());
-        tokio::spawn({
+        if path.is_none() {
             let (messages, connection) = (messages.clone(), connection.clone());
-            async move {
+            tokio::spawn(async move {
                 tokio::select! {
                     _ = timeout(EXPLORATION_TIMEOUT, messages.probe()) => {}
                     _ = connection.closed() => {}
                 }
                 explore.send_replace(true);
-            }
-        });
-        Ok(Self { connection, endpoint, server, confirmed, messages, answers, explored })
+            });
+        }
+        let (known_rate, leaving) = (path.and_then(|path| path.rate), AtomicBool::new(false));
+        Ok(Self { connection, endpoint, server, confirmed, messages, answers, explored, known_rate, leaving })
     }
 
     /// Resolves when it is known what the path carries, or the time for that is over.
@@ -154,8 +155,13 @@ impl Link {
 
     /// What the connection has found its path to be like; nothing before that is known.
     pub fn path(&self) -> Option<Path> {
-        let rate = measured_rate(self.connection.congestion_state());
+        let rate = measured_rate(self.connection.congestion_state()).or(self.known_rate);
         self.explored.borrow().then(|| Path { rate, redundancy: self.messages.redundancy() })
+    }
+
+    /// Whether the server takes requests here.
+    pub fn is_usable(&self) -> bool {
+        self.connection.close_reason().is_none() && !self.leaving.load(Ordering::Relaxed)
     }
 
     /// Resolves when the handshake is over, or the connection.
@@ -170,9 +176,6 @@ impl Link {
 
     /// Sends a request and waits for its answer. When this future is dropped the server drops the work.
     pub async fn request(&self, request: &Request, body: Bytes, max_bytes: usize) -> Result<Frame<Response>, Fault> {
-        if request.method == Method::Reset {
-            self.confirmed().await; // an old one that is replayed would forget what the session has gathered since
-        }
         if body.len() > LARGE {
             self.explored().await;
         }
@@ -180,20 +183,20 @@ impl Link {
         let id = send.id().index() as u32;
         let (answer, answered) = oneshot::channel();
         lock(&self.answers).insert(id, answer);
-        let mut exchange = Exchange { link: self, id, send, receive };
-        let Exchange { send, receive, .. } = &mut exchange;
+        let mut exchange = Exchange { link: self, id, send, receive, end: CloseCode::Cancelled };
+        let Exchange { send, receive, end, .. } = &mut exchange;
         let head = encode(request).map_err(|error| Fault::Final(Error::Invalid(error.to_string())))?;
         let sent = async {
             let mut rest = [head.clone(), body];
             if self.messages.worthwhile() {
                 let message = rest.concat().into();
-                self.wrote(write(send, &mut [head]).await).await?;
+                self.wrote(write(send, &mut [head]).await)?;
                 if self.messages.send(id, message).await == Delivery::Complete {
                     return Ok(());
                 }
                 rest[0].clear();
             }
-            self.wrote(write(send, &mut rest).await).await?;
+            self.wrote(write(send, &mut rest).await)?;
             let _ = send.finish(); // it fails for a stream that is reset, which the answer will tell
             Ok(())
         };
@@ -203,41 +206,40 @@ impl Link {
                 Err(fault) => fault,
             }
         };
-        tokio::select! {
+        let answer = tokio::select! {
             biased;
-            Ok(answer) = answered => Frame::from_bytes(&answer, max_bytes)
-                .map_err(|error| self.broken(&format!("the server's answer: {error}"))),
-            frame = read_frame::<Response>(receive, max_bytes) => match frame {
-                Ok(frame) => Ok(frame),
-                Err(fault) => Err(self.unread(fault).await),
-            },
+            Ok(answer) = answered => Frame::from_bytes(&answer, max_bytes).map_err(|error| unreadable(&error)),
+            frame = read_frame::<Response>(receive, max_bytes) => frame.map_err(|fault| self.unread(fault)),
             fault = failed => Err(fault),
+        };
+        if answer.is_ok() {
+            *end = CloseCode::Done;
         }
+        answer
     }
 
     /// Why a part of a request was not written, where that matters.
-    async fn wrote(&self, written: Result<(), WriteError>) -> Result<(), Fault> {
+    fn wrote(&self, written: Result<(), WriteError>) -> Result<(), Fault> {
         match written {
-            Err(WriteError::Stopped(code)) if known(code) == Some(CloseCode::Reconnect) => Err(self.untouched().await),
+            Err(WriteError::Stopped(code)) if known(code) == Some(CloseCode::Reconnect) => Err(self.untouched()),
             Ok(()) | Err(WriteError::Stopped(_)) => Ok(()), // it was answered before its end
-            Err(WriteError::ZeroRttRejected) => Err(self.untouched().await),
+            Err(WriteError::ZeroRttRejected) => Err(self.untouched()),
             Err(WriteError::ConnectionLost(error)) => Err(self.lost(&error)),
             Err(error @ WriteError::ClosedStream) => Err(self.broken(&error.to_string())),
         }
     }
 
     /// Why an answer was not read.
-    async fn unread(&self, fault: ReadFault) -> Fault {
+    fn unread(&self, fault: ReadFault) -> Fault {
         match fault {
-            ReadFault::Stream(ReadError::Reset(code)) if known(code) == Some(CloseCode::Reconnect) => {
-                self.untouched().await
-            }
+            ReadFault::Stream(ReadError::Reset(code)) if known(code) == Some(CloseCode::Reconnect) => self.untouched(),
             ReadFault::Stream(ReadError::Reset(code)) => {
                 self.broken(&format!("the server gave the answer up (code {code})"))
             }
-            ReadFault::Stream(ReadError::ZeroRttRejected) => self.untouched().await,
+            ReadFault::Stream(ReadError::ZeroRttRejected) => self.untouched(),
             ReadFault::Stream(ReadError::ConnectionLost(error)) => self.lost(&error),
-            fault => self.broken(&format!("the server's answer: {fault}")),
+            ReadFault::Wire(error) => unreadable(&error),
+            fault @ ReadFault::Stream(_) => self.broken(&format!("the server's answer: {fault}")),
         }
     }
 
@@ -268,9 +270,9 @@ impl Link {
         Fault::Lost(Error::Unavailable { server: self.server.to_string(), reason: reason.to_owned() })
     }
 
-    /// No request is taken on this connection any more, which ends once what was taken is answered.
-    async fn untouched(&self) -> Fault {
-        self.connection.closed().await;
+    /// No request is taken on this connection any more; what was taken is still answered.
+    fn untouched(&self) -> Fault {
+        self.leaving.store(true, Ordering::Relaxed);
         Fault::Untouched
     }
 }
@@ -287,6 +289,8 @@ struct Exchange<'a> {
     id: u32,
     send: SendStream,
     receive: RecvStream,
+    /// Why it ends.
+    end: CloseCode,
 }
 
 impl Drop for Exchange<'_> {
@@ -294,9 +298,14 @@ impl Drop for Exchange<'_> {
         lock(&self.link.answers).remove(&self.id);
         self.link.messages.forget(self.id);
         // Without effect on a stream that is finished and acknowledged, or read to its end.
-        let _ = self.receive.stop(code(CloseCode::Cancelled));
-        let _ = self.send.reset(code(CloseCode::Cancelled));
+        let _ = self.receive.stop(code(self.end));
+        let _ = self.send.reset(code(self.end));
     }
+}
+
+/// The server speaks another language, which it would do again.
+fn unreadable(error: &WireError) -> Fault {
+    Fault::Final(Error::Refused(Refusal::new(Code::Internal, format!("the server's answer: {error}"))))
 }
 
 fn take(answers: &Answers, id: u32, answer: Bytes) {

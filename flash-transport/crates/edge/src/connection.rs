@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::Shared;
 use openpi_flash_quic::code;
-use openpi_flash_quic::messages::{self, MAX_AGE, MAX_MESSAGE_LENGTH, Messages, Redundancy};
+use openpi_flash_quic::messages::{Messages, Redundancy};
 use openpi_flash_quic::stream::read_frame;
 use openpi_flash_traces::Traces;
 use openpi_flash_wire::{CloseCode, Hello};
@@ -47,6 +48,8 @@ pub(crate) struct Client {
     pub context: Arc<Context>,
     /// Of requests that name none.
     pub session: String,
+    /// Whether there was such a request.
+    pub uses_session: AtomicBool,
     pub bytes: Arc<Budget>,
     /// Whether the peer has finished its handshake; before, what it says may be a replay.
     pub confirmed: Shared<ZeroRttAccepted>,
@@ -77,9 +80,10 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
     context.metrics.connections.get_or_create(&labels).inc();
     let client = Arc::new(Client {
         session: format!("quic-{:016x}", fastrand::u64(..)),
+        uses_session: AtomicBool::new(false),
         bytes: Budget::within(&context.bytes, context.limits.connection_bytes),
         confirmed,
-        messages: Messages::new(connection.clone(), message_limits(&context), Redundancy::default()),
+        messages: Messages::new(connection.clone(), context.limits.body_bytes, Redundancy::default()),
         context: Arc::clone(&context),
     });
     answer_requests(&client, &connection, early).await;
@@ -87,7 +91,10 @@ pub(crate) async fn serve(context: Arc<Context>, connection: Connection, accepte
     let path = connection.stats().path;
     context.metrics.sent_packets.get_or_create(&labels).inc_by(path.sent_packets);
     context.metrics.lost_packets.get_or_create(&labels).inc_by(path.lost_packets);
-    context.upstream.forget(&client.session).await;
+    drop(place);
+    if client.uses_session.load(Ordering::Relaxed) {
+        context.upstream.forget(&client.session).await;
+    }
 }
 
 /// Waits for the hello and checks its token.
@@ -114,11 +121,11 @@ async fn greet(context: &Context, connection: &Connection) -> Result<(), (CloseC
 /// Answers what comes, until the connection ends; what is not answered then ends with it, and so does the gateway's work.
 async fn answer_requests(client: &Arc<Client>, connection: &Connection, early: EarlyDatagrams) {
     let mut draining = client.context.draining.clone();
-    let (mut total, mut own) = (client.context.bytes.hold(), client.bytes.hold());
+    let mut held = client.bytes.hold();
     let (arrived, mut messages) = mpsc::channel(MESSAGE_QUEUE);
     let taking_messages = client.messages.run(
         early.into_inner(),
-        move |bytes| total.set(bytes) && own.set(bytes),
+        move |bytes| held.set(bytes),
         |id, message| {
             if arrived.try_send((id, message)).is_err() {
                 connection.close(code(CloseCode::Limit), b"more messages than streams");
@@ -146,14 +153,6 @@ async fn answer_requests(client: &Arc<Client>, connection: &Connection, early: E
             connection.close(code(CloseCode::Reconnect), b"the server is stopping");
             return;
         }
-    }
-}
-
-fn message_limits(context: &Context) -> messages::Limits {
-    messages::Limits {
-        message_length: MAX_MESSAGE_LENGTH.min(context.limits.body_bytes),
-        age: MAX_AGE,
-        ..messages::Limits::default()
     }
 }
 

@@ -164,21 +164,39 @@ impl Budget {
         Arc::new(Self { used: AtomicUsize::new(0), limit, whole: None })
     }
 
-    /// A part that may not grow past what is left of the whole, either: so `n` greedy parts leave an `n+1`-th of the
-    /// whole to others, and nobody is shut out. What is taken of a part is to be taken of the whole before.
+    /// A part, what is taken of which is taken of the whole, too. It may not grow past what is then left of the whole: so
+    /// `n` greedy parts leave an `n+1`-th of it to others, and nobody is shut out.
     pub fn within(whole: &Arc<Self>, limit: usize) -> Arc<Self> {
         Arc::new(Self { used: AtomicUsize::new(0), limit, whole: Some(Arc::clone(whole)) })
-    }
-
-    /// Most that may be used now.
-    fn limit(&self) -> usize {
-        let left = self.whole.as_ref().map(|whole| whole.limit.saturating_sub(whole.used.load(Ordering::Relaxed)));
-        left.map_or(self.limit, |left| left.min(self.limit))
     }
 
     /// Nothing of the budget yet.
     pub fn hold(self: &Arc<Self>) -> Held {
         Held { budget: Arc::clone(self), amount: 0 }
+    }
+
+    fn take(&self, amount: usize) -> bool {
+        if self.whole.as_ref().is_some_and(|whole| !whole.take(amount)) {
+            return false;
+        }
+        let left = self.whole.as_ref().map(|whole| whole.limit.saturating_sub(whole.used.load(Ordering::Relaxed)));
+        let limit = left.map_or(self.limit, |left| left.min(self.limit));
+        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            used.checked_add(amount).filter(|sum| *sum <= limit)
+        });
+        if taken.is_err()
+            && let Some(whole) = &self.whole
+        {
+            whole.give_back(amount);
+        }
+        taken.is_ok()
+    }
+
+    fn give_back(&self, amount: usize) {
+        self.used.fetch_sub(amount, Ordering::Relaxed);
+        if let Some(whole) = &self.whole {
+            whole.give_back(amount);
+        }
     }
 }
 
@@ -190,22 +208,19 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Takes more; false, and nothing taken, where that would exceed the limit.
+    /// Takes more; false, and nothing taken, where that would exceed the limit. Nothing is always to be had.
     #[must_use]
     pub fn grow(&mut self, amount: usize) -> bool {
-        let limit = self.budget.limit();
-        let grown = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            used.checked_add(amount).filter(|sum| *sum <= limit)
-        });
-        self.amount += if grown.is_ok() { amount } else { 0 };
-        grown.is_ok()
+        let grown = amount == 0 || self.budget.take(amount);
+        self.amount += if grown { amount } else { 0 };
+        grown
     }
 
-    /// Takes or gives back what makes it `amount`; false, and nothing changed, where that would exceed the limit.
+    /// Takes or gives back what makes it `amount`; false, and nothing taken, where that would exceed the limit.
     #[must_use]
     pub fn set(&mut self, amount: usize) -> bool {
         let surplus = self.amount.saturating_sub(amount);
-        self.budget.used.fetch_sub(surplus, Ordering::Relaxed);
+        self.budget.give_back(surplus);
         self.amount -= surplus;
         self.grow(amount - self.amount)
     }
@@ -213,7 +228,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.amount, Ordering::Relaxed);
+        self.budget.give_back(self.amount);
     }
 }
 
@@ -294,23 +309,18 @@ mod tests {
     fn greedy_parts_leave_room_for_others() {
         let whole = Budget::new(1000);
         let parts: Vec<_> = (0..4).map(|_| Budget::within(&whole, 600)).collect();
-        let mut held: Vec<_> = parts.iter().map(|part| (whole.hold(), part.hold())).collect();
-        let mut grow = |index: usize| {
-            let (of_whole, of_part): &mut (Held, Held) = &mut held[index];
-            let mut amount = whole.hold();
-            let grown = amount.grow(10) && of_part.grow(10);
-            drop(amount);
-            grown && of_whole.grow(10)
-        };
+        let mut held: Vec<_> = parts.iter().map(Budget::hold).collect();
         for _ in 0..100 {
-            for greedy in 0..3 {
-                let _ = grow(greedy);
+            for greedy in &mut held[..3] {
+                let _ = greedy.grow(10);
             }
         }
         for part in &parts[..3] {
             assert!(part.used.load(Ordering::Relaxed) <= 250);
         }
-        assert!((0..10).all(|_| grow(3)), "a newcomer gets something");
+        assert!((0..10).all(|_| held[3].grow(10)), "a newcomer gets something");
         assert!(whole.used.load(Ordering::Relaxed) <= 1000);
+        drop(held);
+        assert_eq!(whole.used.load(Ordering::Relaxed), 0);
     }
 }

@@ -1,6 +1,7 @@
 //! One request: how it arrives, the gateway's answer, and the way back.
 
 use std::future::pending;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -67,10 +68,11 @@ impl Stream {
         }
     }
 
-    /// Resolves when the client wants no answer, or no longer, or has it.
-    async fn stopped(&mut self) {
+    /// Resolves when the client wants no answer, or no longer, or has it, which is when it says so.
+    async fn stopped(&mut self) -> CloseCode {
         let stopped = self.halves().await.0.stopped();
-        let _ = stopped.await;
+        let told = stopped.await.ok().flatten();
+        told.and_then(|told| CloseCode::from_code(told.into())).unwrap_or(CloseCode::Cancelled)
     }
 
     /// Ends what is not ended yet.
@@ -85,7 +87,7 @@ impl Stream {
 /// Answers one request, unless it is given up.
 pub(crate) async fn answer(client: &Client, mut arrival: Arrival) {
     let context = &client.context;
-    let mut held = (context.bytes.hold(), client.bytes.hold());
+    let mut held = client.bytes.hold();
     let started = Instant::now();
     let received = receive(client, &mut arrival, &mut held).await;
     client.messages.forget(arrival.id);
@@ -99,7 +101,7 @@ pub(crate) async fn answer(client: &Client, mut arrival: Arrival) {
             let span = begin_span(context, &mut frame, started);
             let result = tokio::select! {
                 result = ask(client, frame, by) => result.map_err(Fault::Refused),
-                () = arrival.stream.stopped() => Err(Fault::GivenUp),
+                _ = arrival.stream.stopped() => Err(Fault::GivenUp),
             };
             span.end(status(&result));
             took = since.elapsed();
@@ -139,7 +141,7 @@ fn status(result: &Result<Bytes, Fault>) -> &'static str {
 }
 
 /// Waits for a request on both ways; the first that is whole counts.
-async fn receive(client: &Client, arrival: &mut Arrival, held: &mut (Held, Held)) -> Result<Received, Fault> {
+async fn receive(client: &Client, arrival: &mut Arrival, held: &mut Held) -> Result<Received, Fault> {
     let context = &client.context;
     let started = Instant::now();
     let (path, received) = tokio::select! {
@@ -153,20 +155,15 @@ async fn receive(client: &Client, arrival: &mut Arrival, held: &mut (Held, Held)
     received
 }
 
-fn read_message(
-    context: &Context,
-    message: &Bytes,
-    started: Instant,
-    held: &mut (Held, Held),
-) -> Result<Received, Fault> {
+fn read_message(context: &Context, message: &Bytes, started: Instant, held: &mut Held) -> Result<Received, Fault> {
     hold(held, message.len())?;
     let frame = Frame::<Request>::from_bytes(message, context.limits.body_bytes).map_err(|error| refused(&error))?;
     let by = deadline(context, started, &frame.header);
     Ok(Received { frame, by })
 }
 
-/// Reads a request from its stream; what it holds of the two budgets grows with what has arrived.
-async fn read_stream(context: &Context, stream: &mut Stream, held: &mut (Held, Held)) -> Result<Received, Fault> {
+/// Reads a request from its stream; what it holds grows with what has arrived.
+async fn read_stream(context: &Context, stream: &mut Stream, held: &mut Held) -> Result<Received, Fault> {
     let (_, receive) = stream.halves().await;
     let started = Instant::now();
     let mut decoder = Decoder::<Request>::new(context.limits.body_bytes);
@@ -199,8 +196,8 @@ fn deadline(context: &Context, started: Instant, header: &Request) -> Instant {
     }
 }
 
-fn hold((total, own): &mut (Held, Held), bytes: usize) -> Result<(), Fault> {
-    if total.grow(bytes) && own.grow(bytes) {
+fn hold(held: &mut Held, bytes: usize) -> Result<(), Fault> {
+    if held.grow(bytes) {
         return Ok(());
     }
     let message = "too many bytes of requests are in flight";
@@ -225,7 +222,9 @@ async fn ask(client: &Client, frame: Frame<Request>, by: Instant) -> Result<Byte
         return Err(Refusal::new(Code::ResourceExhausted, message));
     }
     let _in_flight = InFlight::new(context.metrics.in_flight.get_or_create(&labels).clone());
-    let session = if frame.header.session.is_empty() { &client.session } else { &frame.header.session };
+    let named = !frame.header.session.is_empty();
+    client.uses_session.fetch_or(!named, Ordering::Relaxed);
+    let session = if named { &frame.header.session } else { &client.session };
     let answer = context.upstream.call(&frame.header, frame.body, session, by).await;
     match answer {
         Ok(body) if body.len() > context.limits.body_bytes => {
@@ -263,22 +262,24 @@ async fn respond(client: &Client, arrival: &mut Arrival, refusal: Option<Refusal
     let sent = timeout(context.timeouts.transfer, async {
         let delivery = tokio::select! {
             delivery = client.messages.send(arrival.id, message.clone()) => delivery,
-            () = arrival.stream.stopped() => return "datagrams", // the client has it, or no longer wants it
+            reason = arrival.stream.stopped() => match reason {
+                CloseCode::Done => Delivery::Complete,
+                _ => return None,
+            },
         };
         if delivery == Delivery::Complete {
-            return "datagrams";
+            return Some("datagrams");
         }
         let (send, receive) = arrival.stream.halves().await;
         let _ = receive.stop(code(CloseCode::Done)); // of a request that was refused before its end
-        if write(send, &mut [message]).await.is_ok() {
-            let _ = send.finish();
-            let _ = send.stopped().await;
-        }
-        "stream"
+        write(send, &mut [message]).await.ok()?;
+        send.finish().ok()?;
+        let _ = send.stopped().await;
+        Some("stream")
     });
     match sent.await {
         Ok(path) => {
-            count_transfer(context, "out", path);
+            path.inspect(|path| count_transfer(context, "out", path));
             arrival.stream.end(CloseCode::Done);
         }
         Err(_) => arrival.stream.end(CloseCode::Limit), // a client that does not take its answer

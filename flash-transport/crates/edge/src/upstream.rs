@@ -101,14 +101,7 @@ impl Upstream {
     pub async fn forget(&self, session: &str) {
         let by = Instant::now() + FORGET_TIMEOUT;
         let body = reset_request(session);
-        let request = Request {
-            method: Method::Reset,
-            timeout_ms: 0,
-            session: String::new(),
-            traceparent: String::new(),
-            tracestate: String::new(),
-            body_length: body.len() as u32,
-        };
+        let request = Request::new(Method::Reset, body.len() as u32);
         if let Err(refusal) = self.call(&request, body, session, by).await {
             tracing::debug!(session, %refusal, "a session was not forgotten");
         }

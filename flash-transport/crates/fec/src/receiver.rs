@@ -36,7 +36,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { message_length: crate::MAX_MESSAGE_LENGTH, messages: 32, bytes: 48 << 20, age: Duration::from_secs(5) }
+        Self { message_length: crate::MAX_MESSAGE_LENGTH, messages: 32, bytes: 48 << 20, age: Duration::from_secs(10) }
     }
 }
 
@@ -64,10 +64,10 @@ pub enum Event {
 pub struct Receiver {
     limits: Limits,
     open: BTreeMap<u32, Incoming>,
+    /// That the open messages may come to hold.
     bytes: usize,
-    /// Messages that are no longer open, and whether their bytes are still wanted from the stream.
-    finished: VecDeque<(u32, Verdict)>,
-    round_trip: Duration,
+    /// Messages that are no longer open, and whether they are left to the stream.
+    finished: VecDeque<(u32, bool)>,
     gap: Gap,
 }
 
@@ -79,31 +79,23 @@ impl Receiver {
             open: BTreeMap::new(),
             bytes: 0,
             finished: VecDeque::with_capacity(REMEMBERED),
-            round_trip: Duration::from_millis(25),
             gap: Gap::default(),
         }
-    }
-
-    /// Tells the connection's round trip, which an answer to a need takes.
-    pub fn set_round_trip(&mut self, round_trip: Duration) {
-        self.round_trip = round_trip;
-    }
-
-    /// Bytes that the open messages may come to hold.
-    pub fn bytes(&self) -> usize {
-        self.bytes
     }
 
     /// Takes in a symbol. The last of a flight is answered however late it comes, so that a sender that did not hear how
     /// its message ended can ask with it. An error says that the peer breaks the protocol; the open messages stay as they are.
     pub fn on_symbol(&mut self, now: Instant, symbol: &Symbol) -> Result<Option<Event>, FecError> {
         let id = symbol.message;
-        if let Some((_, verdict)) = self.finished.iter().find(|(finished, _)| *finished == id) {
-            let last = symbol.position + 1 == symbol.flight;
-            return Ok(last.then(|| Event::Feedback(feedback(id, Report::default(), verdict.clone()))));
-        }
-        if !self.open.contains_key(&id) && !self.open(now, symbol) {
-            return Ok(Some(Event::Feedback(self.abandon(id))));
+        if !self.open.contains_key(&id) {
+            if let Some(abandoned) = self.finished(id) {
+                let last = symbol.position + 1 == symbol.flight;
+                let verdict = if abandoned { Verdict::Abandoned } else { Verdict::Done };
+                return Ok(last.then(|| Event::Feedback(feedback(id, Report::default(), verdict))));
+            }
+            if !self.open(now, symbol) {
+                return Ok(Some(Event::Feedback(self.abandon(id))));
+            }
         }
         let Some(incoming) = self.open.get_mut(&id) else { return Ok(None) };
         if incoming.layout != symbol.layout || incoming.flight != symbol.flight {
@@ -121,7 +113,7 @@ impl Receiver {
             incoming.ask_at = now + if at_end { self.gap.settle() } else { self.gap.silence() };
             return Ok(None);
         }
-        let Some(incoming) = self.finish(id, Verdict::Done) else { return Ok(None) };
+        let Some(incoming) = self.finish(id, false) else { return Ok(None) };
         let feedback = feedback(id, incoming.report(), Verdict::Done);
         Ok(Some(Event::Complete { message: id, body: incoming.into_body()?, feedback }))
     }
@@ -133,13 +125,13 @@ impl Receiver {
 
     /// Leaves a message to the stream: the datagram that tells the peer.
     pub fn abandon(&mut self, message: u32) -> Bytes {
-        self.finish(message, Verdict::Abandoned);
+        self.finish(message, true);
         feedback(message, Report::default(), Verdict::Abandoned)
     }
 
     /// Forgets a message, which came over the stream or is no longer wanted, and ignores its symbols from here on.
     pub fn cancel(&mut self, message: u32) {
-        self.finish(message, Verdict::Done);
+        self.finish(message, false);
     }
 
     /// When [`on_timeout`](Self::on_timeout) is next wanted.
@@ -147,8 +139,9 @@ impl Receiver {
         self.open.values().map(|incoming| incoming.ask_at.min(incoming.expires_at)).min()
     }
 
-    /// Asks for what is missing, and gives up what has been asked for in vain: datagrams to send to the peer.
-    pub fn on_timeout(&mut self, now: Instant) -> Vec<Bytes> {
+    /// Asks for what is missing, and gives up what has been asked for in vain: datagrams to send to the peer. An answer
+    /// takes a `round_trip`.
+    pub fn on_timeout(&mut self, now: Instant, round_trip: Duration) -> Vec<Bytes> {
         let mut datagrams = Vec::new();
         let mut abandoned = Vec::new();
         for (&message, incoming) in &mut self.open {
@@ -164,11 +157,11 @@ impl Receiver {
             };
             datagrams.push(feedback(message, incoming.report(), verdict));
             incoming.asked = true;
-            incoming.ask_at = now + (self.round_trip + self.gap.silence()) * (1 << incoming.needs);
+            incoming.ask_at = now + (round_trip + self.gap.silence()) * (1 << incoming.needs);
             incoming.needs += 1;
         }
         for message in abandoned {
-            self.finish(message, Verdict::Abandoned);
+            self.finish(message, true);
         }
         datagrams
     }
@@ -187,11 +180,18 @@ impl Receiver {
         fits
     }
 
-    fn finish(&mut self, id: u32, verdict: Verdict) -> Option<Incoming> {
-        if self.finished.len() == REMEMBERED {
-            self.finished.pop_front();
+    /// Whether a message that is no longer open was left to the stream; none for one that is not remembered.
+    fn finished(&self, id: u32) -> Option<bool> {
+        self.finished.iter().find_map(|&(finished, abandoned)| (finished == id).then_some(abandoned))
+    }
+
+    fn finish(&mut self, id: u32, abandoned: bool) -> Option<Incoming> {
+        if self.finished(id).is_none() {
+            if self.finished.len() == REMEMBERED {
+                self.finished.pop_front();
+            }
+            self.finished.push_back((id, abandoned));
         }
-        self.finished.push_back((id, verdict));
         let incoming = self.open.remove(&id)?;
         self.bytes -= incoming.layout.memory();
         Some(incoming)

@@ -85,9 +85,9 @@ impl Peer {
     }
 
     fn on_timeout(&mut self, world: &mut World) {
-        self.receiver.set_round_trip(world.round_trip(0, self.end));
+        let round_trip = world.round_trip(0, self.end);
         if self.receiver.poll_timeout().is_some_and(|at| at <= world.now) {
-            for feedback in self.receiver.on_timeout(world.now) {
+            for feedback in self.receiver.on_timeout(world.now, round_trip) {
                 world.send(0, self.end, feedback);
             }
         }

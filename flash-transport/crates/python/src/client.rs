@@ -145,7 +145,6 @@ impl Client {
         let (shared, method, call) = (self.shared()?, parse_method(method)?, options(timeout_s, traceparent)?);
         let message = Message::gather(py, head, pictures)?;
         let runtime = shared.runtime().handle().clone();
-        let client = shared.client.clone();
         let task = runtime.spawn(async move {
             // Preparing and calling back may take long, and the connection lives in this thread.
             let prepared = if message.is_ready() {
@@ -155,10 +154,12 @@ impl Client {
                 prepared
             };
             let outcome = match prepared {
-                Ok(body) => client.call(method, body.into(), call).await.map_err(Failure::Call),
+                Ok(body) => shared.client.call(method, body.into(), call).await.map_err(Failure::Call),
                 Err(error) => Err(Failure::Pictures(error)),
             };
-            tokio::task::spawn_blocking(move || call_back(&done, outcome));
+            // Until then the runtime is held, which would else be gone with the client, and the caller never told.
+            let _ = tokio::task::spawn_blocking(move || call_back(&done, outcome)).await;
+            drop(shared);
         });
         Ok(Call { task: task.abort_handle() })
     }

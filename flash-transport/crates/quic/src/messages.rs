@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use openpi_flash_fec::{Answer, Datagram, Event, FecError, Feedback, Receiver, Sender, Symbol};
-pub use openpi_flash_fec::{Limits, MAX_MESSAGE_LENGTH, Redundancy, warm_up};
+use openpi_flash_fec::{
+    Answer, Datagram, Event, FecError, Feedback, Limits, MAX_MESSAGE_LENGTH, Receiver, Sender, Symbol,
+};
+pub use openpi_flash_fec::{Redundancy, warm_up};
 use openpi_flash_wire::CloseCode;
 use quinn::{Connection, SendDatagramError};
 use tokio::sync::{Notify, mpsc};
@@ -62,9 +64,10 @@ pub enum Delivery {
 }
 
 impl Messages {
-    /// The messages of `connection`, of which the peer's are held to `limits`, with the redundancy that an earlier
+    /// The messages of `connection`, of which the peer's may have `longest` bytes, with the redundancy that an earlier
     /// connection has found right.
-    pub fn new(connection: Connection, limits: Limits, redundancy: Redundancy) -> Self {
+    pub fn new(connection: Connection, longest: usize, redundancy: Redundancy) -> Self {
+        let limits = Limits { message_length: MAX_MESSAGE_LENGTH.min(longest), ..Limits::default() };
         let receiver = Mutex::new(Receiver::new(limits));
         let outgoing = Mutex::new(Outgoing { redundancy, senders: HashMap::new() });
         let forgotten = Notify::new();
@@ -140,9 +143,8 @@ impl Messages {
                     Err(_) => return,
                 },
                 () = sleep_until(wake_at.map_or_else(Instant::now, Into::into)), if wake_at.is_some() => {
-                    let mut receiver = lock(&inner.receiver);
-                    receiver.set_round_trip(inner.connection.rtt());
-                    outbox.extend(receiver.on_timeout(Instant::now().into()));
+                    let round_trip = inner.connection.rtt();
+                    outbox.extend(lock(&inner.receiver).on_timeout(Instant::now().into(), round_trip));
                     Ok(())
                 }
                 () = inner.forgotten.notified() => Ok(()),
@@ -164,10 +166,12 @@ impl Inner {
     ) -> Result<Delivery, SendDatagramError> {
         while let Some(datagram) = sender.next_datagram() {
             self.connection.send_datagram_wait(datagram).await?;
-            // The peer may have enough before it has all.
+            // The peer may have enough before it has all, or no room.
             while let Ok(feedback) = feedback.try_recv() {
-                if self.on_feedback(&mut sender, &feedback) == Answer::Done {
-                    return Ok(Delivery::Complete);
+                match self.on_feedback(&mut sender, &feedback) {
+                    Answer::Done => return Ok(Delivery::Complete),
+                    Answer::UseStream => return Ok(Delivery::UseStream),
+                    Answer::Send(_) => {} // what it lacks may be on its way
                 }
             }
         }
@@ -277,6 +281,3 @@ impl Drop for Registration<'_> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// A message in arrival is given up after so long, and the stream used.
-pub const MAX_AGE: Duration = Duration::from_secs(10);

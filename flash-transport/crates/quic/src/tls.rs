@@ -18,7 +18,7 @@ use rustls::{
     SignatureScheme,
 };
 
-/// Sessions that a server remembers for resumption at 0-RTT. Each is used once, so that nothing is replayed.
+/// Sessions that a server remembers for resumption at 0-RTT. Each is used once.
 const REMEMBERED_SESSIONS: usize = 4096;
 
 /// TLS that cannot be set up.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use openpi_flash_client::{Call, Fingerprint, Options, Trust, blocking};
+use openpi_flash_client::{Call, Client, Fingerprint, Options, Trust};
 use openpi_flash_edge::{Edge, EndpointSettings, Identity, Limits, Settings, Timeouts, UpstreamSettings};
 use openpi_flash_grpc::{CallContext, Handler, INFER_STREAM, PolicyServer, Raw, RawCodec};
 use openpi_flash_quic::Tuning;
@@ -16,7 +16,7 @@ use openpi_flash_traces::Traces;
 use openpi_flash_wire::envelope::{StreamRequest, stream_request_head};
 use openpi_flash_wire::{Method, Refusal};
 use tokio::net::UnixListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -81,11 +81,12 @@ async fn serve(identity: Identity, upstream: String, socket: &Path) -> Result<u1
 fn quic(port: u16, pin: Fingerprint, body: &Bytes, calls: usize) -> Result<(f64, f64), Box<dyn std::error::Error>> {
     let mut options = Options::new("127.0.0.1", port);
     options.trust = Trust::Fingerprint(pin);
-    let client = blocking::Client::connect(options)?;
+    let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let client = runtime.block_on(Client::connect(options))?;
     let mut times = Vec::new();
     for _ in 0..calls {
         let start = Instant::now();
-        client.infer(body.clone(), Call::default())?;
+        runtime.block_on(client.infer(body.clone(), Call::default()))?;
         times.push(start.elapsed());
     }
     Ok(percentiles(times))

@@ -27,7 +27,7 @@ impl LogArguments {
         // Of the libraries, what concerns an operator.
         let own = self.log_level;
         let filter = format!("{},openpi_flash={own}", own.min(Level::WARN));
-        let filter = ["client", "edge", "quic", "transport"]
+        let filter = ["client", "edge", "transport"]
             .iter()
             .fold(filter, |filter, name| format!("{filter},openpi_flash_{name}={own}"));
         let builder =

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use common::{HOLD, REFUSE, World, body};
-use openpi_flash_client::{Call, Client, Code, Error, Method, blocking};
+use openpi_flash_client::{Call, Client, Code, Error, Method};
 use openpi_flash_wire::envelope::session_prefix;
 use tokio::task::JoinSet;
 
@@ -147,15 +147,12 @@ async fn a_host_with_several_addresses_is_reached_at_the_one_that_answers() {
     client.infer(body(10), Call::default()).await.unwrap();
 }
 
-#[test]
-fn the_blocking_client_does_the_same() {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let world = runtime.block_on(World::new());
-    let client = blocking::Client::connect(world.options()).unwrap();
-    let sent = body(70_000);
-    assert!(client.infer(sent.clone(), Call::default()).unwrap().body.ends_with(&sent));
-    assert_eq!(&client.metadata(Call::default()).unwrap().body[..], b"\x12\x01m");
-    client.close();
-    assert!(client.infer(sent, Call::default()).is_err());
-    runtime.block_on(async move { drop(world) });
+#[tokio::test]
+async fn a_closed_client_says_so() {
+    let world = World::new().await;
+    let client = world.client().await;
+    client.close().await;
+    let error = client.infer(body(10), Call::default()).await.unwrap_err();
+    assert!(matches!(error, Error::Closed), "{error}");
+    assert_eq!(error.code(), Code::Cancelled);
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use common::{World, body, tokens};
+use common::{World, authority, body, tokens};
 use futures_util::FutureExt;
 use openpi_flash_client::{Call, Certified, Client, Code, Error, Fingerprint, Trust};
 use openpi_flash_quic::stream::{read_frame, write_frame};
@@ -82,23 +82,8 @@ async fn a_token_admits_and_another_does_not() {
 
 #[tokio::test]
 async fn a_server_that_asks_for_certificates_gets_one() {
-    let mut params = rcgen::CertificateParams::new(vec![]).unwrap();
-    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let key = rcgen::KeyPair::generate().unwrap();
-    let authority = params.self_signed(&key).unwrap();
-    let issuer = rcgen::Issuer::new(params, key);
-    let robot_key = rcgen::KeyPair::generate().unwrap();
-    let robot = rcgen::CertificateParams::new(vec!["robot".into()]).unwrap().signed_by(&robot_key, &issuer).unwrap();
-
     let files = tempfile::tempdir().unwrap();
-    let write = |name: &str, content: String| {
-        let path = files.path().join(name);
-        std::fs::write(&path, content).unwrap();
-        path
-    };
-    let ca = write("ca.pem", authority.pem());
-    let certified =
-        Certified::load(&write("robot.pem", robot.pem()), &write("robot.key", robot_key.serialize_pem())).unwrap();
+    let (ca, certified) = authority(files.path());
     let world = World::with(|settings| settings.client_ca = Some(ca)).await;
 
     let error = refused(world.options()).await;
@@ -126,14 +111,7 @@ async fn greeted(world: &World) -> Connection {
 }
 
 fn request(body_length: u32) -> Request {
-    Request {
-        method: Method::Infer,
-        timeout_ms: 0,
-        session: String::new(),
-        traceparent: String::new(),
-        tracestate: String::new(),
-        body_length,
-    }
+    Request::new(Method::Infer, body_length)
 }
 
 async fn response(mut receive: RecvStream) -> (Code, String) {

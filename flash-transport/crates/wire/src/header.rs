@@ -113,6 +113,20 @@ pub struct Response {
     pub body_length: u32,
 }
 
+impl Request {
+    /// A request without deadline, session and trace.
+    pub fn new(method: Method, body_length: u32) -> Self {
+        Self {
+            method,
+            timeout_ms: 0,
+            session: String::new(),
+            traceparent: String::new(),
+            tracestate: String::new(),
+            body_length,
+        }
+    }
+}
+
 impl Header for Hello {
     const FIXED: usize = 4;
 

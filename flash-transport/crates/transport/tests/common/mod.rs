@@ -8,14 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
-use openpi_flash_client::{Client, Options, Trust};
+use bytes::{Bytes, BytesMut};
+use openpi_flash_client::{Certified, Client, Options, Trust};
 use openpi_flash_edge::{
     Edge, EndpointSettings, Identity, Limits, Metrics, Settings, Timeouts, Tokens, UpstreamSettings,
 };
 use openpi_flash_grpc::{CallContext, Handler, PolicyServer};
 use openpi_flash_quic::Tuning;
 use openpi_flash_traces::Traces;
+use openpi_flash_wire::protobuf::put_length;
 use openpi_flash_wire::{Code, Method, Refusal};
 use tempfile::TempDir;
 use tokio::net::UnixListener;
@@ -227,13 +228,27 @@ pub fn tokens(token: &str) -> Tokens {
 
 /// A field that the protobuf reader passes over, of `length` bytes: a body that any method takes.
 pub fn body(length: usize) -> Bytes {
-    let mut body = vec![0x7a]; // field 15, length-delimited
-    let mut rest = length;
-    while rest > 0x7f {
-        body.push(rest as u8 | 0x80);
-        rest >>= 7;
-    }
-    body.push(rest as u8);
+    let mut body = BytesMut::new();
+    put_length(&mut body, 15, length);
     body.extend((0..length).map(|index| ((index * 31) >> 3) as u8));
-    body.into()
+    body.freeze()
+}
+
+/// An authority, and files of a certificate that it signed.
+pub fn authority(folder: &Path) -> (PathBuf, Certified) {
+    let mut params = rcgen::CertificateParams::new(vec![]).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let authority = params.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(params, key);
+    let own = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["robot".into()]).unwrap().signed_by(&own, &issuer).unwrap();
+    let write = |name: &str, content: String| {
+        let path = folder.join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    };
+    let ca = write("ca.pem", authority.pem());
+    let files = (write("robot.pem", certificate.pem()), write("robot.key", own.serialize_pem()));
+    (ca, Certified::load(&files.0, &files.1).unwrap())
 }
