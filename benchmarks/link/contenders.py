@@ -42,14 +42,14 @@ class Contender:
         name: in tables and on the command line.
         client: what robot.py drives.
         port: of the server.
-        encoding: how pictures travel.
+        encoding: how the server has pictures sent over QUIC. Lossless: raw, or PNG where the link is slow.
         python: interpreter of the robot.
     """
 
     name: str
     client: Literal["openpi-client", "grpc", "quic", "sidecar"]
     port: int
-    encoding: Literal["raw", "jpeg"] = "raw"
+    encoding: Literal["lossless", "raw", "jpeg"] = "lossless"
     python: str | Path = sys.executable
 
     @property
@@ -69,8 +69,9 @@ WEBSOCKET = Contender("our WebSocket", "openpi-client", 8000, python=STOCK_PYTHO
 GRPC = Contender("our gRPC", "grpc", 50051)
 SIDECAR = Contender("our QUIC, by sidecar", "sidecar", 5555)
 QUIC = Contender("our QUIC, lossless", "quic", 5555)
+QUIC_RAW = Contender("our QUIC, raw", "quic", 5755, encoding="raw")
 QUIC_JPEG = Contender("our QUIC, JPEG", "quic", 5655, encoding="jpeg")
-CONTENDERS = (STOCK, WEBSOCKET, GRPC, SIDECAR, QUIC, QUIC_JPEG)
+CONTENDERS = (STOCK, WEBSOCKET, GRPC, SIDECAR, QUIC_RAW, QUIC, QUIC_JPEG)
 ACTION_PORT = 50052
 
 
@@ -97,18 +98,14 @@ def start_servers(namespace: Namespace, directory: Path, contenders: Iterable[Co
         _start(namespace, [sys.executable, script, *arguments])
     if contenders - {STOCK}:
         settings = _write_settings(
-            directory, tiny, "raw", websocket_port=WEBSOCKET.port, grpc_port=GRPC.port, quic_port=QUIC.port
+            directory, tiny, QUIC.encoding, websocket_port=WEBSOCKET.port, grpc_port=GRPC.port, quic_port=QUIC.port
         )
         _start(namespace, [sys.executable, HERE.parent / "instant.py", "--config", settings])
-        _start(namespace, [sys.executable, "-m", "openpi_flash_gateway", "--config", settings])
-        if contenders & {QUIC, SIDECAR}:
-            _start_edge(namespace, settings)
-    if QUIC_JPEG in contenders:
-        settings = _write_settings(
-            directory, tiny, "jpeg", websocket_port=8010, grpc_port=50061, quic_port=QUIC_JPEG.port
-        )
-        _start(namespace, [sys.executable, "-m", "openpi_flash_gateway", "--config", settings])
-        _start_edge(namespace, settings)
+        _start_gateway(namespace, settings, edge=bool(contenders & {QUIC, SIDECAR}))
+    for contender in contenders & {QUIC_RAW, QUIC_JPEG}:
+        others = {"websocket_port": contender.port + 1, "grpc_port": contender.port + 2}  # which nobody asks
+        settings = _write_settings(directory, tiny, contender.encoding, quic_port=contender.port, **others)
+        _start_gateway(namespace, settings, edge=True)
 
 
 def _write_settings(
@@ -138,7 +135,10 @@ def _write_settings(
     return path
 
 
-def _start_edge(namespace: Namespace, settings: Path) -> None:
+def _start_gateway(namespace: Namespace, settings: Path, *, edge: bool) -> None:
+    _start(namespace, [sys.executable, "-m", "openpi_flash_gateway", "--config", settings])
+    if not edge:
+        return
     binary = transport_binary()
     assert binary is not None  # or the contender would not take part
     state = settings.with_suffix(".edge")
@@ -166,7 +166,7 @@ class Photographs:
         self._jpeg_bytes = photographs.jpeg_bytes(loaded[MODEL_PICTURES])
 
     def sent_bytes(self, pictures: str, contender: Contender) -> int:
-        """Bytes of pictures in one call. Over QUIC the client scales them to what the model sees before it sends."""
+        """Bytes of pictures in one call, as they are or as JPEG; over QUIC first scaled to what the model sees."""
         if contender.encoding == "jpeg":
             return self._jpeg_bytes
         return self._raw_bytes[MODEL_PICTURES if contender.client == "quic" else pictures]

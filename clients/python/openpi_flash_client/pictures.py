@@ -26,6 +26,7 @@ except ImportError:  # the optional dependency of the extra `quic`
 __all__ = ["CameraSpec", "Cameras", "PictureError", "pick", "prepare", "read_cameras"]
 
 _ENCODINGS = {
+    types_pb2.IMAGE_ENCODING_LOSSLESS: "lossless",
     types_pb2.IMAGE_ENCODING_RAW: "raw",
     types_pb2.IMAGE_ENCODING_PNG: "png",
     types_pb2.IMAGE_ENCODING_JPEG: "jpeg",

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from openpi_flash_client.conftest import ACTIONS, Edge, FakeServer
 
 CERTIFICATES = Path(__file__).parents[3] / "tests/data/tls"
 RAW, JPEG, PNG = types_pb2.IMAGE_ENCODING_RAW, types_pb2.IMAGE_ENCODING_JPEG, types_pb2.IMAGE_ENCODING_PNG
+LOSSLESS = types_pb2.IMAGE_ENCODING_LOSSLESS
 HWC, CHW = types_pb2.IMAGE_LAYOUT_HWC, types_pb2.IMAGE_LAYOUT_CHW
 
 
@@ -72,8 +74,8 @@ def quic(edge: Edge) -> Iterator[FlashTransportPolicy]:
         yield policy
 
 
-def connect(edge: Edge, **options: Any) -> FlashTransportPolicy:
-    return FlashTransportPolicy("127.0.0.1", edge.port, fingerprint=edge.fingerprint, **options)
+def connect(edge: Edge, *, port: int | None = None, **options: Any) -> FlashTransportPolicy:
+    return FlashTransportPolicy("127.0.0.1", port or edge.port, fingerprint=edge.fingerprint, **options)
 
 
 def observation_sent(policy: Any, server: FakeServer, observation: dict[str, Any]) -> types_pb2.Observation:
@@ -96,6 +98,54 @@ def test_pictures_travel_as_the_server_asks(policy, server):
     assert sent.images["raw"].data == image.tobytes()
     assert sent.images["chw"].data == channels_first.tobytes()
     assert pixels(sent.images["jpeg"]).shape == image.shape
+
+
+def test_lossless_pictures_are_png_on_a_slow_link(server, edge):
+    server.image_specs = [spec("camera", LOSSLESS)]
+    with relay(edge.port, bytes_per_second=1e6) as port, connect(edge, port=port) as policy:
+        sent = observation_sent(policy, server, {"camera": picture()}).images["camera"]
+    assert sent.encoding == PNG
+    np.testing.assert_array_equal(pixels(sent), picture())
+
+
+def test_lossless_pictures_are_raw_where_the_link_is_not_known(server):
+    server.image_specs = [spec("camera", LOSSLESS)]
+    with GrpcPolicy("127.0.0.1", server.port) as policy:
+        assert observation_sent(policy, server, {"camera": picture()}).images["camera"].encoding == RAW
+
+
+@contextlib.contextmanager
+def relay(server_port: int, *, bytes_per_second: float) -> Iterator[int]:
+    """A port that leads to the server's over a link that carries no more in either direction."""
+    with socket.socket(type=socket.SOCK_DGRAM) as near, socket.socket(type=socket.SOCK_DGRAM) as far:
+        near.bind(("127.0.0.1", 0))
+        far.connect(("127.0.0.1", server_port))
+        client: Any = None
+
+        def up() -> None:
+            nonlocal client
+            while True:
+                data, client = near.recvfrom(65536)
+                if not data:
+                    return
+                time.sleep(len(data) / bytes_per_second)
+                far.send(data)
+
+        def down() -> None:
+            while data := far.recv(65536):
+                time.sleep(len(data) / bytes_per_second)
+                near.sendto(data, client)
+
+        threads = [threading.Thread(target=up), threading.Thread(target=down)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield near.getsockname()[1]
+        finally:
+            near.sendto(b"", near.getsockname())
+            far.shutdown(socket.SHUT_RD)
+            for thread in threads:
+                thread.join()
 
 
 @pytest.mark.parametrize(

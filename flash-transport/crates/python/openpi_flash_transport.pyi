@@ -31,11 +31,13 @@ class Camera:
         self,
         height: int,
         width: int,
-        encoding: Literal["raw", "png", "jpeg"] | str,
+        encoding: Literal["lossless", "raw", "png", "jpeg"] | str,
         quality: int = 0,
         subsampling: str = "",
     ) -> None:
-        """Raises ValueError for an encoding or subsampling that is not known."""
+        """`lossless` is raw or PNG: a client chooses what its link carries sooner; `prepare` makes it raw.
+
+        Raises ValueError for an encoding or subsampling that is not known."""
 
 def prepare(pictures: Sequence[Picture]) -> bytes:
     """Serialized InferRequest fields that hold the pictures, each as its camera wants it.

@@ -161,6 +161,21 @@ def test_damaged_pictures_are_refused_or_decoded_never_fatal():
     assert refused > 100
 
 
+def test_coded_pictures_keep_their_names_and_their_faults():
+    observation = types_pb2.Observation()
+    pictures = {f"images/cam{i}": np.roll(PIXELS, i, axis=0) for i in range(6)}
+    for name, pixels in pictures.items():
+        image = types_pb2.Image(encoding=PNG, height=12, width=20, data=encode(pixels, "PNG"))
+        observation.images[name].CopyFrom(image)
+    arrays, _ = observation_from_proto(observation)
+    for name, pixels in pictures.items():
+        np.testing.assert_array_equal(arrays[name], pixels)
+
+    observation.images["images/cam3"].data = b"PNG"
+    with pytest.raises(InvalidArgumentError, match=r"^images/cam3: 3 bytes that do not decode as PNG"):
+        observation_from_proto(observation)
+
+
 def test_observation():
     observation = types_pb2.Observation(prompt="pick up the fork")
     observation.tensors["state"].CopyFrom(tensor_to_proto(np.arange(3.0)))

@@ -234,8 +234,10 @@ class PlannerTransportSettings(TransportSettings):
 class ImageSettings(_Section):
     """How robots are asked to send pictures. The server accepts every encoding all the same."""
 
-    encoding: Literal["raw", "jpeg", "png"] = Field(
-        default="raw", description="raw and png lose nothing; jpeg is small."
+    encoding: Literal["lossless", "raw", "png", "jpeg"] = Field(
+        default="lossless",
+        description="raw and png lose nothing; lossless leaves the choice of the two to the robot, which knows how "
+        "fast its link is; jpeg is small.",
     )
     quality: int = Field(default=90, ge=1, le=100, description="JPEG quality.")
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = Field(default="4:2:0", description="JPEG chroma subsampling.")

@@ -15,6 +15,7 @@ from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 from openpi_flash_gateway import wire
 
 _ENCODINGS = {
+    "lossless": types_pb2.IMAGE_ENCODING_LOSSLESS,
     "raw": types_pb2.IMAGE_ENCODING_RAW,
     "jpeg": types_pb2.IMAGE_ENCODING_JPEG,
     "png": types_pb2.IMAGE_ENCODING_PNG,

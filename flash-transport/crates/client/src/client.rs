@@ -119,6 +119,13 @@ struct State {
     closed: bool,
 }
 
+impl State {
+    /// What the connection in hand has found its path to be like.
+    fn found(&self) -> Option<Path> {
+        self.link.as_ref()?.peek()?.as_ref().ok()?.path()
+    }
+}
+
 /// A connection, perhaps still being made. Being made goes on when nobody waits for it.
 type Pending = Shared<BoxFuture<'static, Result<Arc<Link>, Error>>>;
 
@@ -154,6 +161,12 @@ impl Client {
     /// Whether there is a connection, as it changes.
     pub fn connected(&self) -> watch::Receiver<bool> {
         self.inner.connected.subscribe()
+    }
+
+    /// Bytes per second that the path is taken to carry; none before that was explored.
+    pub fn rate(&self) -> Option<f64> {
+        let state = self.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.found().or(state.path)?.rate
     }
 
     /// Has the server answer a serialized `InferRequest` with a serialized `InferResponse`.
@@ -278,8 +291,7 @@ impl Inner {
         if let Some(link) = usable {
             return Ok(link.clone());
         }
-        let last = state.link.as_ref().and_then(|link| link.peek()?.as_ref().ok());
-        state.path = last.and_then(|link| link.path()).or(state.path);
+        state.path = state.found().or(state.path);
         let task = tokio::spawn(connect(Arc::clone(self), state.path));
         let stopped = self.unavailable("the runtime is stopping".into());
         let link = task.map(|link| link.unwrap_or(Err(stopped))).boxed().shared();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use openpi_flash_congestion::{BurstConfig, measured_rate};
+use openpi_flash_congestion::{BurstConfig, rate};
 use openpi_flash_quic::messages::{Delivery, Messages, Redundancy};
 use openpi_flash_quic::stream::{ReadFault, read_frame, write, write_frame};
 use openpi_flash_quic::{ExactRuntime, MAX_PACKET, accept_large_packets, code, socket};
@@ -32,8 +32,6 @@ pub(crate) struct Link {
     answers: Answers,
     /// Whether it is known what the path carries.
     explored: watch::Receiver<bool>,
-    /// What an earlier connection has measured, until this one has.
-    known_rate: Option<f64>,
     /// Whether the server takes no more here.
     leaving: AtomicBool,
 }
@@ -41,8 +39,8 @@ pub(crate) struct Link {
 /// What a connection has found its path to be like.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Path {
-    /// Bytes per second; none where no burst was long enough to show it.
-    rate: Option<f64>,
+    /// Bytes per second; none with a congestion control that does not tell.
+    pub rate: Option<f64>,
     redundancy: Redundancy,
 }
 
@@ -138,8 +136,8 @@ impl Link {
                 explore.send_replace(true);
             });
         }
-        let (known_rate, leaving) = (path.and_then(|path| path.rate), AtomicBool::new(false));
-        Ok(Self { connection, endpoint, server, confirmed, messages, answers, explored, known_rate, leaving })
+        let leaving = AtomicBool::new(false);
+        Ok(Self { connection, endpoint, server, confirmed, messages, answers, explored, leaving })
     }
 
     /// Resolves when it is known what the path carries, or the time for that is over.
@@ -155,8 +153,8 @@ impl Link {
 
     /// What the connection has found its path to be like; nothing before that is known.
     pub fn path(&self) -> Option<Path> {
-        let rate = measured_rate(self.connection.congestion_state()).or(self.known_rate);
-        self.explored.borrow().then(|| Path { rate, redundancy: self.messages.redundancy() })
+        let path = || Path { rate: rate(self.connection.congestion_state()), redundancy: self.messages.redundancy() };
+        self.explored.borrow().then(path)
     }
 
     /// Whether the server takes requests here.

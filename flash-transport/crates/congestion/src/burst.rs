@@ -165,11 +165,6 @@ impl Burst {
         self.rate
     }
 
-    /// The same, where a sample has shown it.
-    pub fn measured_rate(&self) -> Option<f64> {
-        self.measured.then_some(self.rate)
-    }
-
     /// A packet of `bytes`, sent at `sent`, arrived.
     pub fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64) {
         let round_trip = now.saturating_duration_since(sent);

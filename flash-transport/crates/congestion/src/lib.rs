@@ -11,4 +11,4 @@ mod burst;
 mod quinn_adapter;
 
 pub use burst::{Burst, BurstConfig};
-pub use quinn_adapter::measured_rate;
+pub use quinn_adapter::rate;

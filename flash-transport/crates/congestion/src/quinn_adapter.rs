@@ -15,9 +15,9 @@ impl ControllerFactory for BurstConfig {
     }
 }
 
-/// Bytes per second that a connection has found its path to carry; none before it has, or with another controller.
-pub fn measured_rate(state: Box<dyn Controller>) -> Option<f64> {
-    state.into_any().downcast::<BurstController>().ok()?.burst.measured_rate()
+/// Bytes per second that a connection takes its path to carry; none with another controller.
+pub fn rate(state: Box<dyn Controller>) -> Option<f64> {
+    Some(state.into_any().downcast::<BurstController>().ok()?.burst.rate())
 }
 
 #[derive(Debug, Clone)]

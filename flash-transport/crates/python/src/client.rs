@@ -120,7 +120,7 @@ impl Client {
         traceparent: &str,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let (shared, method, call) = (self.shared()?, parse_method(method)?, options(timeout_s, traceparent)?);
-        let message = Message::gather(py, head, pictures)?;
+        let message = Message::gather(py, head, pictures, shared.client.rate())?;
         let answer = py.detach(|| {
             let body = message.finish()?.into();
             shared.wait(shared.client.call(method, body, call))?.map_err(PyErr::from_transport)
@@ -143,7 +143,7 @@ impl Client {
         traceparent: &str,
     ) -> PyResult<Call> {
         let (shared, method, call) = (self.shared()?, parse_method(method)?, options(timeout_s, traceparent)?);
-        let message = Message::gather(py, head, pictures)?;
+        let message = Message::gather(py, head, pictures, shared.client.rate())?;
         let runtime = shared.runtime().handle().clone();
         let task = runtime.spawn(async move {
             // Preparing and calling back may take long, and the connection lives in this thread.
