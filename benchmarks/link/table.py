@@ -73,13 +73,13 @@ class Plan:
     """
 
     settings: tuple[Setting, ...]
-    rounds: int
-    first: int
-    idle: int
-    settle: int
-    busy: int
-    busy_s: float
-    lossy_busy_s: float
+    rounds: int = 2
+    first: int = 1
+    idle: int = 3
+    settle: int = 1
+    busy: int = 40
+    busy_s: float = 1.5
+    lossy_busy_s: float = 2.5
 
     def firsts(self, setting: Setting) -> int:
         return 0 if setting.only_busy else self.first
@@ -106,26 +106,12 @@ QUICK = Plan(
         *(Setting(20, 100, loss, CAMERA_PICTURES, only_busy=True) for loss in ("none", "1%")),
         Setting(80, 100),
     ),
-    rounds=2,
-    first=1,
-    idle=3,
-    settle=1,
-    busy=40,
-    busy_s=1.5,
-    lossy_busy_s=2.5,
 )
 FULL = Plan(
     settings=(
         *(Setting(*link) for link in itertools.product((20, 10, 80), (100, 20, 1000), LOSSES)),
         *(Setting(20, 100, loss, CAMERA_PICTURES) for loss in LOSSES),
     ),
-    rounds=5,
-    first=2,
-    idle=6,
-    settle=2,
-    busy=50,
-    busy_s=5,
-    lossy_busy_s=10,
 )
 
 
