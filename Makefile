@@ -85,11 +85,11 @@ test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane 
 
 IMAGES := action-torch action-torch-compile action-jax planner gateway edge tools
 TAGS ?= latest
-images: ## Container images, tagged TAGS (latest); ACCELERATOR=cuda: JAX for GPUs; REGISTRY=… names them for it, PUSH=1 pushes
+images: ## Container images for GPUs, tagged TAGS (latest); REGISTRY=… names them for it, PUSH=1 pushes, IMAGES=… some alone
 	for image in $(IMAGES); do \
 		name=$(if $(REGISTRY),$(REGISTRY)/)openpi-flash/$$image; \
-		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image \
-			$(if $(ACCELERATOR),--build-arg ACCELERATOR=$(ACCELERATOR)) $(TAGS:%=--tag $$name:%) .; \
+		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image --build-arg ACCELERATOR=cuda \
+			--label org.opencontainers.image.revision=$$(git rev-parse HEAD) $(TAGS:%=--tag $$name:%) .; \
 		$(if $(PUSH),for tag in $(TAGS); do docker push $$name:$$tag; done,:); done
 
 chart: ## The Helm chart, as a package in dist/ (helm)
