@@ -93,6 +93,7 @@ images: ## Container images for GPUs, tagged TAGS (latest); REGISTRY=… names t
 		$(if $(PUSH),for tag in $(TAGS); do docker push $$name:$$tag; done,:); done
 
 chart: ## The Helm chart, as a package in dist/ (helm)
+	for values in deploy/helm/openpi-flash/ci/*.yaml; do helm lint --strict --values $$values deploy/helm/openpi-flash; done
 	helm package deploy/helm/openpi-flash --destination dist
 
 # Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
@@ -182,8 +183,9 @@ wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels i
 .cache/bin/actionlint: tools/actionlint/go.mod tools/actionlint/go.sum
 	cd tools/actionlint && go build -o $(CURDIR)/$@ github.com/rhysd/actionlint/cmd/actionlint
 
-docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help
+docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help, and the chart's table of values
 	$(PY) -m openpi_flash_cli.reference docs/configuration.md
+	$(PY) -m tests.deploy.kubernetes.values_table
 
 lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock

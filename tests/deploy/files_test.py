@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.deploy.dockerfile import images
+from tests.deploy.kubernetes.values_table import CHART, readme_with_table, uncommented
 
 ROOT = Path(__file__).parents[2]
 CUDA_PLUGIN = re.compile(r"jax-cuda|nvidia-")  # of JAX; PyTorch's CUDA packages are in the environment of the tests
@@ -116,6 +117,21 @@ def test_images_are_called_the_same_everywhere():
     for place, match in lists.items():
         assert match, place
         assert set(re.findall(r"[a-z-]+", match[1])) - {"and"} == images(), place
+    repositories = re.findall(r"repository: openpi-flash/([\w-]+)", (CHART / "values.yaml").read_text())
+    assert sorted(repositories) == sorted(images())
+
+
+def test_every_value_of_the_chart_is_explained_and_its_readme_lists_them():
+    assert uncommented(CHART / "values.yaml") == []
+    readme = (CHART / "README.md").read_text()
+    assert readme == readme_with_table(readme, CHART / "values.yaml"), "`make docs` writes the table"
+
+
+def test_the_charts_own_checkpoint_is_of_its_own_framework():
+    """openpi's released checkpoints are Orbax, which JAX serves."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert values["config"]["action"]["checkpoint_dir"].startswith("gs://openpi-assets/checkpoints/")
+    assert values["action"]["framework"] == "jax"
 
 
 def test_the_example_for_a_gpu_server_names_the_checkpoint_that_is_prepared():
