@@ -210,6 +210,9 @@ def test_containers_run_what_their_images_run_with_the_charts_settings(values, t
             if container["name"] == "edge":
                 assert environment.get("OPENPI_FLASH_NAMES") == (None if tls else "localhost")
                 assert environment_of_image("edge")["OPENPI_FLASH_STATE_DIR"] in mounts
+                volumes = {volume["name"]: volume for volume in pod_template(workload)["spec"]["volumes"]}
+                writable = [m["name"] for m in container["volumeMounts"] if not m.get("readOnly")]
+                assert all(volumes[name]["emptyDir"]["medium"] == "Memory" for name in writable), "it writes secrets"
 
 
 def environment_of_image(image: str) -> Mapping[str, str]:
@@ -432,6 +435,7 @@ def test_install_upgrade_rollback_uninstall(cluster, namespace):
     notes = install(cluster, namespace, "cpu", flags=("--wait",))
     assert "action_only" in notes
     assert "openpi-flash test grpc $HOST" in notes
+    assert "openpi-flash test ws $HOST --port $WEBSOCKET --robot droid" in notes
     assert "WARNING: robots are served outside the cluster without TLS (tls) and tokens (auth)" in notes
     (gateway,) = running_pods(cluster, namespace, "gateway")
     assert running_pods(cluster, namespace, "action") == {"flash-openpi-flash-action-0": "cpu-0"}
