@@ -107,11 +107,12 @@ TERRAFORM_ENV := .cache/terraform-env
 $(TERRAFORM_ENV)/.done: requirements/terraform.txt | $(filter .cache/%,$(UV))
 	$(UV) venv --quiet --clear --python '>=3.11,<3.14' $(@D)
 	$(UV) pip install --quiet --python $(@D) --require-hashes -r $<
-	-cd $(@D) && { apt-get download -qq cloud-init || { apt-get update -qq && apt-get download -qq cloud-init; }; } 2>/dev/null \
+	-cd $(@D) && { apt-get download cloud-init || { apt-get update && apt-get download cloud-init; }; } >apt.log 2>&1 \
 		&& dpkg -x cloud-init_*.deb cloud-init
 	@touch $@
 
-test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (needs terraform 1.9 or newer)
+# The folder's conftest.py, for Compose, needs an environment that this one is not: hence --noconftest, and -p for the fixtures.
+test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (terraform 1.9 or newer; ALLOW_SKIPS=1: without cloud-init, systemd)
 	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
 		$(<D)/bin/python -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
 		--noconftest -p tests.deploy.aws.fixtures -o python_files='*_checks.py' tests/deploy/aws $(PYTEST_ARGS)

@@ -208,6 +208,11 @@ variable "extra_config" {
   }
 
   validation {
+    condition     = alltrue([for slot in ["action", "planner"] : !can(var.extra_config["${slot}_transport"].unix_socket_path)])
+    error_message = "extra_config: unix_socket_path is the images' own: gateway and edge, each a container, meet there."
+  }
+
+  validation {
     condition     = !can(var.extra_config.gateway.auth) && !can(var.extra_config.gateway.tls)
     error_message = "extra_config.gateway: tokens and certificates come from Parameter Store: see auth_tokens_parameter and tls."
   }
@@ -263,6 +268,11 @@ variable "prep_hf_repo" {
   description = "`org/repo[/folder][@revision]` of the weights; null: the command's own default."
   type        = string
   default     = null
+
+  validation {
+    condition     = !var.prepare_checkpoint || var.action_backend != "jax" || var.prep_hf_repo != null
+    error_message = "prep_hf_repo: required with action_backend jax, which serves params/; the default repository holds model.safetensors, for torch."
+  }
 
   validation {
     condition     = var.prep_hf_repo == null || can(regex("^[\\w.-]+/[\\w./@-]+$", var.prep_hf_repo))
