@@ -195,7 +195,7 @@ def test_containers_run_what_their_images_run_with_the_charts_settings(values, t
         for container in containers(pod_template(workload)):
             assert "command" not in container
             mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-            environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+            environment = {variable["name"]: variable.get("value") for variable in container.get("env", [])}
             assert environment.keys().isdisjoint(environment_of_image(container["image"]))
             assert "/tmp" in mounts
             if container["name"] == "prepare-checkpoint":
