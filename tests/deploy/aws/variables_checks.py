@@ -66,7 +66,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "jax_repository": (
         {"action": ACTION, "prepare_checkpoint": True, "action_backend": "jax"},
-        "prep_hf_repo: required with action_backend jax",
+        "holds model.safetensors: set prep_hf_repo",
     ),
     "environment": ({"environment": {"A": "b c"}}, "hold no spaces"),
     "output_dir": ({"planner_prep_output_dir": "/cache/../etc"}, "expected a path below /cache/"),

@@ -227,6 +227,11 @@ variable "action_backend" {
     condition     = contains(["torch", "jax"], var.action_backend)
     error_message = "action_backend: expected torch or jax."
   }
+
+  validation {
+    condition     = var.action_backend != "jax" || !var.prepare_checkpoint || var.prep_hf_repo != null
+    error_message = "action_backend: jax serves params/, and the default repository of prepare_checkpoint holds model.safetensors: set prep_hf_repo."
+  }
 }
 
 variable "pytorch_compile_mode" {
@@ -268,11 +273,6 @@ variable "prep_hf_repo" {
   description = "`org/repo[/folder][@revision]` of the weights; null: the command's own default."
   type        = string
   default     = null
-
-  validation {
-    condition     = !var.prepare_checkpoint || var.action_backend != "jax" || var.prep_hf_repo != null
-    error_message = "prep_hf_repo: required with action_backend jax, which serves params/; the default repository holds model.safetensors, for torch."
-  }
 
   validation {
     condition     = var.prep_hf_repo == null || can(regex("^[\\w.-]+/[\\w./@-]+$", var.prep_hf_repo))
