@@ -85,14 +85,15 @@ test-helm: .venv/.dev ## The Helm chart against a real Kubernetes control plane 
 
 IMAGES := action-torch action-torch-compile action-jax planner gateway edge tools
 TAGS ?= latest
-images: ## Container images, tagged TAGS (latest); ACCELERATOR=cuda: JAX for GPUs; REGISTRY=… names them for it, PUSH=1 pushes
+images: ## Container images for GPUs, tagged TAGS (latest); REGISTRY=… names them for it, PUSH=1 pushes, IMAGES=… some alone
 	for image in $(IMAGES); do \
 		name=$(if $(REGISTRY),$(REGISTRY)/)openpi-flash/$$image; \
-		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image \
-			$(if $(ACCELERATOR),--build-arg ACCELERATOR=$(ACCELERATOR)) $(TAGS:%=--tag $$name:%) .; \
+		DOCKER_BUILDKIT=1 docker build --file deploy/docker/Dockerfile --target $$image --build-arg ACCELERATOR=cuda \
+			--label org.opencontainers.image.revision=$$(git rev-parse HEAD) $(TAGS:%=--tag $$name:%) .; \
 		$(if $(PUSH),for tag in $(TAGS); do docker push $$name:$$tag; done,:); done
 
 chart: ## The Helm chart, as a package in dist/ (helm)
+	for values in deploy/helm/openpi-flash/ci/*.yaml; do helm lint --strict --values $$values deploy/helm/openpi-flash; done
 	helm package deploy/helm/openpi-flash --destination dist
 
 # Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
@@ -106,11 +107,12 @@ TERRAFORM_ENV := .cache/terraform-env
 $(TERRAFORM_ENV)/.done: requirements/terraform.txt | $(filter .cache/%,$(UV))
 	$(UV) venv --quiet --clear --python '>=3.11,<3.14' $(@D)
 	$(UV) pip install --quiet --python $(@D) --require-hashes -r $<
-	-cd $(@D) && { apt-get download -qq cloud-init || { apt-get update -qq && apt-get download -qq cloud-init; }; } 2>/dev/null \
+	-cd $(@D) && { apt-get download cloud-init || { apt-get update && apt-get download cloud-init; }; } >apt.log 2>&1 \
 		&& dpkg -x cloud-init_*.deb cloud-init
 	@touch $@
 
-test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (needs terraform 1.9 or newer)
+# The folder's conftest.py, for Compose, needs an environment that this one is not: hence --noconftest, and -p for the fixtures.
+test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AWS (terraform 1.9 or newer; ALLOW_SKIPS=1: without cloud-init, systemd)
 	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
 		$(<D)/bin/python -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
 		--noconftest -p tests.deploy.aws.fixtures -o python_files='*_checks.py' tests/deploy/aws $(PYTEST_ARGS)
@@ -182,8 +184,9 @@ wheels: Cargo.lock | $(filter .cache/%,$(UV)) ## What a robot needs, as wheels i
 .cache/bin/actionlint: tools/actionlint/go.mod tools/actionlint/go.sum
 	cd tools/actionlint && go build -o $(CURDIR)/$@ github.com/rhysd/actionlint/cmd/actionlint
 
-docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help
+docs: .venv/.dev ## Write docs/configuration.md from the settings' types and the programs' help, and the chart's table of values
 	$(PY) -m openpi_flash_cli.reference docs/configuration.md
+	$(PY) -m tests.deploy.kubernetes.values_table
 
 lock: $(CARGO) | $(filter .cache/%,$(UV)) ## Resolve again and write requirements/
 	$(UV) lock

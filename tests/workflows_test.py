@@ -58,6 +58,15 @@ def test_runs_do_not_pile_up(workflow):
     assert all(job["timeout-minutes"] <= 120 for job in workflow["jobs"].values())
 
 
+def test_a_release_is_pushed_as_its_tag_and_does_not_move_latest():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/images.yaml").read_text())
+    (push,) = [step["env"] for step in steps(workflow) if step.get("run") == "make images"]
+    always, chosen = re.findall(r"\$\{\{ (.*?) \}\}", push["TAGS"])
+    assert always == "github.sha"
+    assert chosen == "github.ref_type == 'tag' && github.ref_name || 'latest'"
+    assert re.sub(r"\$\{\{.*?\}\}", "", push["TAGS"]).strip() == ""
+
+
 def test_commands_are_make_targets(workflow):
     makefile = (ROOT / "Makefile").read_text()
     commands = [step["run"] for step in steps(workflow) if "run" in step]

@@ -51,7 +51,8 @@ def open_dict(name: str | None) -> Any:
     try:
         import modal
     except ImportError as error:
-        raise SettingsError("this needs Modal's package: pip install -r requirements/modal.txt") from error
+        install = "$(make -s uv) pip install --python .venv -r requirements/modal.txt"  # a .venv of uv has no pip
+        raise SettingsError(f"this needs Modal's package: {install}") from error
     name = name or dict_name()
     try:
         return modal.Dict.from_name(name).hydrate()

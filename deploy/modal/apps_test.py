@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.deploy import dockerfile
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PYTHON = ROOT / ".cache/modal-env/bin/python"
@@ -62,8 +64,31 @@ def test_what_the_image_installs_is_in_the_checkout():
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    for path in re.findall(r"requirements/\w+\.txt|(?<= )\./[\w/]+", install):
+    for path in re.findall(r"requirements/[\w-]+\.txt|(?<= )\./[\w/]+", install):
         assert (ROOT / path).exists(), path
+
+
+def test_the_image_holds_both_frameworks_for_gpus_in_versions_that_agree():
+    install = "\n".join(describe("tunnel_app")["install"])
+    locks = set(re.findall(r"-r requirements/([\w-]+)\.txt", install))
+    assert locks == {"image-tools", "image-torch", "image-jax-cuda"}
+    pinned: dict[str, set[tuple[str, ...]]] = {}
+    for lock in locks:
+        text = (ROOT / f"requirements/{lock}.txt").read_text()
+        packages = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+        for name in {name for name, _ in packages}:  # more than one version, where Python's decides
+            versions = tuple(sorted(version for other, version in packages if other == name))
+            pinned.setdefault(name, set()).add(versions)
+    assert {"torch", "jax-cuda13-plugin"} <= pinned.keys()
+    assert not {name: versions for name, versions in pinned.items() if len(versions) > 1}
+
+
+def test_a_container_is_told_what_the_images_are_told_of_frameworks():
+    environment = describe("tunnel_app")["environment"]
+    jax, torch = dockerfile.environment("action-jax"), dockerfile.environment("action-torch-compile")
+    frameworks = {name: value for name, value in {**jax, **torch}.items() if re.match("JAX|XLA|TORCH|TRITON", name)}
+    assert len(frameworks) == 4
+    assert frameworks.items() <= environment.items()
 
 
 def test_the_containers_settings_are_ones_that_are_read():
@@ -82,7 +107,7 @@ def test_without_settings_it_says_what_to_do():
         text=True,
         check=False,
     )
-    assert "copy config.example.json there" in run.stderr
+    assert "copy deploy/docker/config.example.json there" in run.stderr
 
 
 def test_names_of_checkpoints_stay_in_their_folder():

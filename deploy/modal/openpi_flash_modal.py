@@ -28,19 +28,22 @@ serving = {"gpu": GPU, "region": REGION, "volumes": {CACHE: volume}, "timeout": 
 INSTALL = (
     # uv, Rust and the packages of the workspace that need a build, all as the Makefile pins them.
     "make wheels",
-    "grep -v '^-e' requirements/dev.txt > /tmp/locked.txt",
-    "$(make --no-print-directory uv) pip install --system --compile-bytecode -r /tmp/locked.txt",
+    "$(make --no-print-directory uv) pip install --system --compile-bytecode"
+    " -r requirements/image-tools.txt -r requirements/image-torch.txt -r requirements/image-jax-cuda.txt",
     "$(make --no-print-directory uv) pip install --system --no-deps --build-constraints requirements/build.txt"
     " dist/*.whl ./models ./services/common ./services/action ./services/planner ./services/gateway ./cli",
 )
-"""Commands, in the checkout, that put the locked environment and the engine into the image's Python."""
+"""Commands, in the checkout, that put what the container images hold, both frameworks for GPUs, into one Python."""
 
 ENVIRONMENT = {
     "INFERENCE_CONFIG_PATH": CONFIG,
     "OPENPI_DATA_HOME": f"{CACHE}/openpi",
     "OPENPI_FLASH_STATE_DIR": f"{CACHE}/state",  # the edge's certificate, and so its fingerprint, outlives a container
+    # As the container images have it: action and planner share the GPU, and what is compiled outlives a container.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "JAX_COMPILATION_CACHE_DIR": f"{CACHE}/jax",
     "TORCHINDUCTOR_CACHE_DIR": f"{CACHE}/torchinductor",
+    "TRITON_CACHE_DIR": f"{CACHE}/triton",
     # Robots come by Modal's proxy, a tunnel or the portal, all of which end on this machine.
     "OPENPI_GATEWAY__HOST": "127.0.0.1",
     "OPENPI_MODAL_DICT": DICT,
@@ -49,7 +52,7 @@ ENVIRONMENT = {
 _config = ROOT / os.environ.get("OPENPI_MODAL_CONFIG", "config.json")
 if modal.is_local() and not _config.is_file():
     raise FileNotFoundError(
-        f"{_config}: no settings; copy config.example.json there, or name a file by OPENPI_MODAL_CONFIG"
+        f"{_config}: no settings; copy deploy/docker/config.example.json there, or name a file by OPENPI_MODAL_CONFIG"
     )
 
 IGNORED = [

@@ -6,6 +6,7 @@ each on what the one before left running.
 
 import contextlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from tests.support import stub_request
 ROOT = Path(__file__).parents[2]
 PROJECT = "openpi-flash-test"  # with volumes of its own
 SERVICES = ("action", "planner", "gateway", "edge")
-IMAGES = ("gateway", "edge", "action-jax", "planner", "tools", "action-torch-cuda")
+IMAGES = ("gateway", "edge", "action-jax-cpu", "planner-cpu", "tools", "action-torch")
 BASE = "python:3.11-slim-bookworm"
 ACTIONS = (15, 8)
 pytestmark = pytest.mark.timeout(3600)
@@ -132,7 +133,7 @@ def image_name(name: str) -> str:
 def test_an_image_of_pytorch_serves(images):
     """On the CPU: the drivers of a GPU come from its machine."""
     script = "import openpi_flash_action.server, torch; print(torch.ones(2).sum().item(), torch.version.cuda)"
-    image = image_name("action-torch-cuda")
+    image = image_name("action-torch")
     answer = run(
         "docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", image, "-c", script
     )
@@ -332,4 +333,26 @@ def test_the_form_of_the_gpu_server_prepares_first_and_asks_for_gpus():
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
         assert service["depends_on"][preparation]["condition"] == "service_completed_successfully"
         assert service["networks"]["backend"]["aliases"] == [slot]
+        assert service["networks"].keys() == {"backend", "outward"}
         assert any(volume["target"] == "/etc/openpi-flash/config.json" for volume in service["volumes"])
+
+
+def test_what_is_not_set_is_left_to_the_command():
+    def command(**environment: str) -> list[str]:
+        text = compose("--profile", "openpi", "config", "--format", "json", env={**os.environ, **environment})
+        return json.loads(text)["services"]["prepare-checkpoint"]["command"]
+
+    output = "--output-dir=/cache/checkpoints/pi05_base"
+    assert command() == ["prepare-checkpoint", output]
+    named = command(OPENPI_CHECKPOINT_HF_REPO="lab/jax", OPENPI_CHECKPOINT_ASSETS_URI="gs://lab/assets")
+    assert named == ["prepare-checkpoint", output, "--hf-repo=lab/jax", "--assets-uri=gs://lab/assets"]
+
+
+def test_a_registry_may_be_named():
+    def images(**environment: str) -> set[str]:
+        return set(compose("config", "--images", env={**os.environ, **environment}).split())
+
+    assert "openpi-flash/gateway:latest" in images()
+    named = images(OPENPI_REGISTRY="registry.example.com", OPENPI_TAG="v1")
+    assert "registry.example.com/openpi-flash/gateway:v1" in named
+    assert all(name.startswith("registry.example.com/openpi-flash/") for name in named)

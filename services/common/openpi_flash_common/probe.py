@@ -43,7 +43,7 @@ def _edge_url(settings: EngineSettings) -> str:
 
 
 def _grpc_target(service: Probed, settings: EngineSettings) -> str:
-    if service == "gateway":  # its sockets have neither TLS nor tokens
+    if service == "gateway":  # its sockets have no TLS, and of tokens health alone is free
         slot = settings.action_transport if settings.action is not None else settings.planner_transport
         return f"unix:{slot.unix_socket_path}"
     model = getattr(settings, service)

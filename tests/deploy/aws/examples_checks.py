@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.aws.instance import REGION, ROBOTS, SERVERS, apply_servers, apply_shared
+from tests.deploy.aws.servers import REGION, ROBOTS, SERVERS, apply_servers, apply_shared
 from tests.deploy.aws.stand_in import StandIn, Terraform, stand_in
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.aws.instance import REGION, SERVERS, Instance, apply_servers, apply_shared
+from tests.deploy.aws.instance import Instance
+from tests.deploy.aws.servers import REGION, SERVERS, apply_servers, apply_shared
 from tests.deploy.aws.stand_in import StandIn, Terraform, stand_in
 
 

@@ -4,7 +4,8 @@ import json
 import re
 from typing import Any
 
-from tests.deploy.aws.instance import PORTS, REGION, ROBOTS, SERVERS, Instance, each_server, module_of
+from tests.deploy.aws.instance import Instance
+from tests.deploy.aws.servers import PORTS, REGION, ROBOTS, SERVERS, each_server, module_of
 from tests.deploy.aws.stand_in import GPU_IMAGE, StandIn, Terraform
 
 
@@ -20,6 +21,16 @@ def test_only_the_ports_of_what_is_served_are_open(instances: dict[str, Instance
     assert {rule["CidrIpv4"] for rule in inward} == {"0.0.0.0/0" if server == "full" else ROBOTS}
     outputs = instances[server].outputs
     assert set(outputs["open_ports"].values()) == {f"{port}/{protocol}" for protocol, port in PORTS[server]}
+
+
+def test_commands_call_what_is_served(instances: dict[str, Instance]) -> None:
+    """Over WebSocket a server does not say what it takes: the robot is in the policy's name."""
+    action, full = instances["action"].outputs, instances["full"].outputs
+    address = action["public_ip"]
+    assert action["commands"]["grpc"] == f"openpi-flash test grpc {address} --port 50051 --insecure-plaintext"
+    assert action["commands"]["action_websocket"] == f"openpi-flash test ws {address} --port 8000 --robot aloha"
+    assert " --port 9000 --robot droid --ca-file ca.pem --token TOKEN" in full["commands"]["action_websocket"]
+    assert "--robot" not in full["commands"]["planner_websocket"]  # it names none
 
 
 def test_instance_is_made_as_asked(instances: dict[str, Instance], aws: StandIn) -> None:
@@ -66,7 +77,7 @@ def test_second_plan_is_empty(terraform: Terraform, servers_root: tuple[str, dic
 
 
 @each_server
-def test_no_secret_is_in_the_user_data(instances: dict[str, Instance], server: str) -> None:
+def test_secrets_are_listed_by_where_to_read_them(instances: dict[str, Instance], server: str) -> None:
     secrets = instances[server].files["/etc/openpi-flash/secrets"].splitlines()
     assert len(secrets) == (5 if server == "full" else 0)
     for line in secrets:  # a name and where to read it

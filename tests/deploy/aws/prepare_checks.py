@@ -5,7 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.deploy.aws.instance import REGION, Instance, place
+from tests.deploy.aws.instance import Instance, place
+from tests.deploy.aws.servers import REGION
 from tests.deploy.aws.stand_in import TERRAFORM
 
 PREPARE = TERRAFORM / "modules/regional_inference_instance/files/prepare"
@@ -76,7 +77,8 @@ def test_prepare_makes_both_checkpoints(instances: dict[str, Instance], tmp_path
     done, calls = run_prepare(instances["combined"], tmp_path)
     assert done.returncode == 0, done.stderr
     action, planner = (call for call in calls if call.startswith("docker run"))
-    assert action.endswith("prepare-checkpoint --output-dir /cache/checkpoints/action --required-asset-id trossen")
+    arguments = "--output-dir /cache/checkpoints/action --hf-repo lab/jax --required-asset-id trossen"
+    assert action.endswith(f" prepare-checkpoint {arguments}")
     assert " prepare-planner-checkpoint --output-dir /cache/checkpoints/planner " in planner
 
 

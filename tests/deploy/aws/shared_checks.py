@@ -4,14 +4,15 @@ import json
 import re
 from typing import Any
 
-from tests.deploy.aws.instance import IMAGES, REGION
+from tests.deploy.aws.servers import REGION
 from tests.deploy.aws.stand_in import StandIn
+from tests.deploy.dockerfile import images
 
 
 def test_repositories_keep_latest_and_three_more(shared: dict[str, Any], aws: StandIn) -> None:
     ecr = aws.client("ecr", REGION)
     names = {repository["repositoryName"] for repository in ecr.describe_repositories()["repositories"]}
-    assert names == {f"openpi-flash/{image}" for image in IMAGES}
+    assert names == {f"openpi-flash/{image}" for image in images()}
     assert shared["image_registry"] == f"123456789012.dkr.ecr.{REGION}.amazonaws.com/openpi-flash"
     for name in names:
         policy = json.loads(ecr.get_lifecycle_policy(repositoryName=name)["lifecyclePolicyText"])
@@ -77,6 +78,6 @@ def test_instances_may_pull_and_read_their_secrets_alone(shared: dict[str, Any],
         "ssm:UpdateInstanceInformation",
     }
     assert allowed.pop("arn:aws:ssm:*:123456789012:parameter/openpi-flash/*") == {"ssm:GetParameter"}
-    assert len(allowed) == len(IMAGES)
+    assert len(allowed) == len(images())
     for actions in allowed.values():
         assert actions == {"ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.aws.instance import ACTION, DIGEST, REGION, SERVERS, module_of
 from tests.deploy.aws.prepare_checks import PREPARE
+from tests.deploy.aws.servers import ACTION, DIGEST, REGION, SERVERS, module_of
 from tests.deploy.aws.stand_in import StandIn, Terraform
 
 
@@ -60,6 +60,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "backend": ({"action_backend": "tf"}, "expected torch or jax"),
     "section": ({"extra_config": {"gatway": {}}}, "the sections are action_transport"),
     "secret": ({"extra_config": {"gateway": {"auth": {"tokens": ["a"]}}}}, "come from Parameter Store"),
+    "socket": (
+        {"extra_config": {"planner_transport": {"unix_socket_path": "/tmp/planner.sock"}}},
+        "unix_socket_path is the images' own",
+    ),
+    "jax_repository": (
+        {"action": ACTION, "prepare_checkpoint": True, "action_backend": "jax"},
+        "holds model.safetensors: set prep_hf_repo",
+    ),
     "environment": ({"environment": {"A": "b c"}}, "hold no spaces"),
     "output_dir": ({"planner_prep_output_dir": "/cache/../etc"}, "expected a path below /cache/"),
     "same_dir": ({"planner_prep_output_dir": "/cache/checkpoints/action"}, "other than prep_output_dir"),

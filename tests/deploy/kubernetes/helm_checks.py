@@ -4,7 +4,6 @@
 container runs.
 """
 
-import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -13,16 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
-from openpi_flash_cli.edge import edge_program
 from openpi_flash_common.grpc_server import LIVENESS
 from openpi_flash_common.settings import EngineSettings, load_settings
 
+from tests.deploy import dockerfile
 from tests.deploy.kubernetes.cluster import TLS, Cluster, running_cluster
-from tests.deploy.kubernetes.values_table import readme_with_table, uncommented
 
 TOOLS = Path(os.environ["KUBERNETES_TOOLS"])
 CHART = Path(__file__).parents[3] / "deploy/helm/openpi-flash"
 DEFAULTS = "defaults"
+REGISTRY = "image.registry=registry.example.com"  # has no default
 VALUES = {DEFAULTS: None, **{path.stem: path for path in sorted((CHART / "ci").glob("*.yaml"))}}
 NAMESPACE = "robots"
 DRAIN_S = 30
@@ -48,7 +47,8 @@ def options(values: str, *sets: str) -> list[str]:
     path = VALUES[values]
     files = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem"} if values == "inline-secrets" else {}
     tls = [part for key, name in files.items() for part in ("--set-file", f"tls.{key}={TLS / name}")]
-    return [*(["--values", str(path)] if path else []), *tls, *(part for text in sets for part in ("--set", text))]
+    chosen = ["--values", str(path)] if path else ["--set", REGISTRY]
+    return [*chosen, *tls, *(part for text in sets for part in ("--set", text))]
 
 
 def render(values: str, *sets: str) -> list[Object]:
@@ -78,7 +78,7 @@ def settings_of(objects: list[Object], tmp_path: Path) -> EngineSettings:
     (config_map,) = of_kind(objects, "ConfigMap")
     path = tmp_path / "config.json"
     path.write_text(config_map["data"]["config.json"])
-    return load_settings(path, {})
+    return load_settings(path, dockerfile.environment("gateway"))
 
 
 # What helm refuses.
@@ -93,6 +93,9 @@ def test_lint(values):
     ("sets", "refusal"),
     [
         ("action.framwork=jax", "additional properties 'framwork' not allowed"),
+        ("image.registry=", "image.registry is needed: where `make images"),
+        ("config.pytorch_compile_mode=default", "config.pytorch_compile_mode is for action.framework=torch"),
+        ("action.prepare.enabled=true", "action.prepare.hfRepo is needed with action.framework=jax"),
         ("action.framework=tensorflow", "at '/action/framework': value must be one of 'torch', 'jax'"),
         ("action.replicas=-1", "at '/action/replicas': minimum: got -1, want 0"),
         ("action.replicas=two", "at '/action/replicas': got string, want integer"),
@@ -142,7 +145,7 @@ def test_lint(values):
     ],
 )
 def test_values_that_cannot_be_are_refused_in_words(sets, refusal):
-    assert refusal in helm("template", "flash", str(CHART), "--set", sets, ok=False)
+    assert refusal in helm("template", "flash", str(CHART), "--set", f"{REGISTRY},{sets}", ok=False)
 
 
 # What is rendered.
@@ -182,25 +185,61 @@ def port_of(workload: Object, container: str, name: str) -> int:
     return next(port["containerPort"] for port in found["ports"] if port["name"] == name)
 
 
-@pytest.mark.parametrize("values", [name for name in VALUES if name != "planner-only"])
-def test_the_edge_is_started_as_serve_starts_it(values, tmp_path):
+@pytest.mark.parametrize("values", VALUES)
+def test_containers_run_what_their_images_run_with_the_charts_settings(values, tmp_path):
     objects = render(values)
-    (edge,) = [c for c in containers(pod_template(named(objects, "Deployment", "-gateway"))) if c["name"] == "edge"]
-    (config_map,) = of_kind(objects, "ConfigMap")
-    config = json.loads(config_map["data"]["config.json"])
-    tokens = config["gateway"].get("auth", {}).get("tokens_file")
-    if tokens:  # it lies in the pod alone
-        config["gateway"]["auth"] = {"tokens": ["sesame"]}
-    program = edge_program(EngineSettings.model_validate(config), Path("openpi-flash-transport"), tmp_path)
-    expected = " ".join(program.argv[1:]).replace(" --", "\n--").replace(" server", "\nserver").splitlines()
-    expected = [line.replace(" ", "=", 1).replace(str(tmp_path / "tokens"), str(tokens)) for line in expected]
-    ours = {"--state-dir=/var/lib/openpi-flash", "--names=localhost"}
-    assert edge["command"] == [program.argv[0]]
-    assert set(edge["args"]) - ours == set(expected)
-    mounts = [mount["mountPath"] for mount in edge["volumeMounts"]]
-    for argument in edge["args"]:
-        path = argument.partition("=")[2].removeprefix("unix:")
-        assert not path.startswith("/") or any(Path(path).is_relative_to(mount) for mount in mounts), argument
+    settings = settings_of(objects, tmp_path)
+    tls, auth = settings.gateway.tls, settings.gateway.auth
+    secrets = [tls and tls.cert_file, tls and tls.key_file, tls and tls.client_ca_file, auth and auth.tokens_file]
+    for workload in of_kind(objects, "StatefulSet", "Deployment"):
+        for container in containers(pod_template(workload)):
+            assert "command" not in container
+            mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+            environment = {variable["name"]: variable.get("value") for variable in container.get("env", [])}
+            assert environment.keys().isdisjoint(environment_of_image(container["image"]))
+            assert "/tmp" in mounts
+            if container["name"] == "prepare-checkpoint":
+                assert container["args"][0].startswith("prepare-")
+                continue
+            assert "args" not in container
+            path = Path(environment["INFERENCE_CONFIG_PATH"])
+            assert path.name == "config.json" and str(path.parent) in mounts
+            if container["name"] in ("gateway", "edge"):
+                assert all(any(path.is_relative_to(mount) for mount in mounts) for path in secrets if path)
+                assert any(settings.action_transport.unix_socket_path.is_relative_to(mount) for mount in mounts)
+            if container["name"] == "edge":
+                assert environment.get("OPENPI_FLASH_NAMES") == (None if tls else "localhost")
+                assert environment_of_image("edge")["OPENPI_FLASH_STATE_DIR"] in mounts
+                volumes = {volume["name"]: volume for volume in pod_template(workload)["spec"]["volumes"]}
+                writable = [m["name"] for m in container["volumeMounts"] if not m.get("readOnly")]
+                assert all(volumes[name]["emptyDir"]["medium"] == "Memory" for name in writable), "it writes secrets"
+
+
+def environment_of_image(image: str) -> Mapping[str, str]:
+    return dockerfile.environment(image.rpartition("/")[2].partition(":")[0])
+
+
+def test_the_image_of_an_action_service_follows_framework_and_compilation():
+    def image(*sets: str) -> str:
+        workload = named(render(DEFAULTS, *sets), "StatefulSet", "-action")
+        return pod_template(workload)["spec"]["containers"][0]["image"]
+
+    assert image() == "registry.example.com/openpi-flash/action-jax:0.1.0"
+    assert image("action.framework=torch") == "registry.example.com/openpi-flash/action-torch:0.1.0"
+    compiled = image(
+        "action.framework=torch", "config.pytorch_compile_mode=default", "action.image.torchCompile.tag=v3"
+    )
+    assert compiled == "registry.example.com/openpi-flash/action-torch-compile:v3"
+
+
+def test_an_edge_may_be_given_variables_of_its_program():
+    sets = ("edge.extraEnv[0].name=OPENPI_FLASH_LOG_LEVEL", "edge.extraEnv[0].value=debug")
+    (edge,) = [
+        container
+        for container in containers(pod_template(named(render("cpu", *sets), "Deployment", "-gateway")))
+        if container["name"] == "edge"
+    ]
+    assert {"name": "OPENPI_FLASH_LOG_LEVEL", "value": "debug"} in edge["env"]
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -322,14 +361,6 @@ def test_a_change_replaces_only_the_pods_that_it_is_for():
     assert changed("auth.existingSecret=others") == {"gateway"}
 
 
-def test_every_value_is_explained_and_the_readme_lists_them():
-    assert uncommented(CHART / "values.yaml") == []
-    readme = CHART / "README.md"
-    assert readme.read_text() == readme_with_table(readme.read_text(), CHART / "values.yaml"), (
-        "python -m tests.deploy.kubernetes.values_table writes the table"
-    )
-
-
 # What a cluster makes of it.
 
 
@@ -404,6 +435,7 @@ def test_install_upgrade_rollback_uninstall(cluster, namespace):
     notes = install(cluster, namespace, "cpu", flags=("--wait",))
     assert "action_only" in notes
     assert "openpi-flash test grpc $HOST" in notes
+    assert "openpi-flash test ws $HOST --port $WEBSOCKET --robot droid" in notes
     assert "WARNING: robots are served outside the cluster without TLS (tls) and tokens (auth)" in notes
     (gateway,) = running_pods(cluster, namespace, "gateway")
     assert running_pods(cluster, namespace, "action") == {"flash-openpi-flash-action-0": "cpu-0"}

@@ -1,6 +1,6 @@
 """The table of values in the chart's README, out of the comments of its values.yaml.
 
-`python -m tests.deploy.kubernetes.values_table` writes it.
+`make docs` writes it.
 """
 
 import re

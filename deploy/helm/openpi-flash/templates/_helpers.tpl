@@ -31,7 +31,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* Takes the root and the component's image values. */}}
 {{- define "openpi-flash.image" -}}
 {{- $all := .root.Values.image -}}
-{{ printf "%s/%s:%s" (.image.registry | default $all.registry) .image.repository (.image.tag | default $all.tag | default .root.Chart.AppVersion) }}
+{{- $registry := .image.registry | default $all.registry -}}
+{{- if not $registry }}{{ include "openpi-flash.refuse" "image.registry is needed: where `make images REGISTRY=… TAGS=… PUSH=1` has put the images" }}{{ end -}}
+{{ printf "%s/%s:%s" $registry .image.repository (.image.tag | default $all.tag | default .root.Chart.AppVersion) }}
 {{- end }}
 
 {{- define "openpi-flash.serviceAccountName" -}}
@@ -75,10 +77,6 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end -}}
 {{- $_ := set $config "gateway" (mergeOverwrite $config.gateway $gateway) -}}
 {{- $_ := set $config "telemetry" (mergeOverwrite $config.telemetry (dict "metrics" .Values.metrics.enabled "metrics_host" "0.0.0.0")) -}}
-{{- $_ := set $config "data_home" "/cache/openpi" -}}
-{{- range $slot := list "action" "planner" -}}
-  {{- $_ := set $config (printf "%s_transport" $slot) (dict "unix_socket_path" (printf "/run/openpi-flash/%s.sock" $slot)) -}}
-{{- end -}}
 {{ toJson $config }}
 {{- end }}
 
@@ -185,9 +183,10 @@ spec:
       initContainers:
         - name: prepare-checkpoint
           {{- include "openpi-flash.container" (dict "root" .root "image" .root.Values.image.tools) | nindent 10 }}
-          command: [openpi-flash]
           args: {{- toYaml .prepare | nindent 12 }}
-          env: {{- include "openpi-flash.cacheEnv" .root | nindent 12 }}
+          {{- with include "openpi-flash.hubEnv" .root }}
+          env: {{- . | nindent 12 }}
+          {{- end }}
           resources: {{- toYaml $values.prepare.resources | nindent 12 }}
           volumeMounts:
             - {name: cache, mountPath: /cache}
@@ -196,10 +195,9 @@ spec:
       containers:
         - name: {{ .component }}
           {{- include "openpi-flash.container" . | nindent 10 }}
-          command: [python, -m, openpi_flash_{{ .component }}]
-          args: [--config, /etc/openpi-flash/config.json]
           env:
-            {{- include "openpi-flash.cacheEnv" .root | nindent 12 }}
+            - {{ include "openpi-flash.configEnv" . }}
+            {{- with include "openpi-flash.hubEnv" .root }}{{ . | nindent 12 }}{{ end }}
             {{- with $values.extraEnv }}{{ toYaml . | nindent 12 }}{{ end }}
           ports:
             - {name: grpc, containerPort: {{ .port }}}
@@ -260,16 +258,14 @@ spec:
   {{- end }}
 {{- end }}
 
-{{/* Everything that is fetched or compiled goes to the cache volume. */}}
-{{- define "openpi-flash.cacheEnv" -}}
-- {name: HOME, value: /cache}
-- {name: XDG_CACHE_HOME, value: /cache}
-- {name: HF_HOME, value: /cache/huggingface}
-- {name: OPENPI_DATA_HOME, value: /cache/openpi}
-- {name: JAX_COMPILATION_CACHE_DIR, value: /cache/jax}
-- {name: TORCHINDUCTOR_CACHE_DIR, value: /cache/torchinductor}
-- {name: TRITON_CACHE_DIR, value: /cache/triton}
-{{- with include "openpi-flash.hubSecret" . }}
+{{/* What a service is told beside what its image says: programs, caches and sockets are the image's. */}}
+{{- define "openpi-flash.configEnv" -}}
+{name: INFERENCE_CONFIG_PATH, value: /etc/openpi-flash/config.json}
+{{- end }}
+
+{{/* Of what fetches; empty without a token. */}}
+{{- define "openpi-flash.hubEnv" -}}
+{{- with include "openpi-flash.hubSecret" . -}}
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}
 {{- end }}

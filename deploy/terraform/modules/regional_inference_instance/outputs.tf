@@ -34,6 +34,7 @@ output "commands" {
     [for slot in local.slots : {
       "${slot}_websocket" = join(" ", compact([
         "openpi-flash test ws ${aws_eip.this.public_ip} --port ${local.transport[slot].websocket_port}",
+        local.robot_option[slot],
         var.tls == null ? "" : "--ca-file ca.pem",
         local.token_option,
       ]))
@@ -48,4 +49,8 @@ output "commands" {
 
 locals {
   token_option = var.auth_tokens_parameter == null ? "" : "--token TOKEN"
+  # Over WebSocket a server does not say what it takes. Empty: a policy file, whose robot is not in its name.
+  robot_option = { for slot, settings in { action = var.action, planner = var.planner } :
+    slot => try("--robot ${regex("aloha|droid|libero", settings.model_config_name)}", "")
+  }
 }

@@ -14,7 +14,6 @@ locals {
   transport = {
     for slot in local.slots : slot => merge(
       local.defaults[slot],
-      { unix_socket_path = "${local.folders.sockets.container}/${slot}.sock" },
       try(var.extra_config["${slot}_transport"], {}),
     )
   }
@@ -56,7 +55,6 @@ locals {
       slot => merge(settings, { for dir in [local.prepared[slot]] : "checkpoint_dir" => dir if dir != null }) if settings != null
     },
     {
-      data_home = "/cache/openpi"
       gateway = merge(
         local.gateway_settings,
         { for path in [lookup(local.secret_file, "tokens", null)] : "auth" => { tokens_file = path } if path != null },

@@ -208,6 +208,11 @@ variable "extra_config" {
   }
 
   validation {
+    condition     = alltrue([for slot in ["action", "planner"] : !can(var.extra_config["${slot}_transport"].unix_socket_path)])
+    error_message = "extra_config: unix_socket_path is the images' own: gateway and edge, each a container, meet there."
+  }
+
+  validation {
     condition     = !can(var.extra_config.gateway.auth) && !can(var.extra_config.gateway.tls)
     error_message = "extra_config.gateway: tokens and certificates come from Parameter Store: see auth_tokens_parameter and tls."
   }
@@ -221,6 +226,11 @@ variable "action_backend" {
   validation {
     condition     = contains(["torch", "jax"], var.action_backend)
     error_message = "action_backend: expected torch or jax."
+  }
+
+  validation {
+    condition     = var.action_backend != "jax" || !var.prepare_checkpoint || var.prep_hf_repo != null
+    error_message = "action_backend: jax serves params/, and the default repository of prepare_checkpoint holds model.safetensors: set prep_hf_repo."
   }
 }
 
