@@ -59,6 +59,7 @@ class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
         self._arrival = asyncio.Condition()
         self.resets: list[str] = []
         self.num_streams = 0
+        self.num_open_streams = 0
         self.cancelled = asyncio.Event()
         self.release = asyncio.Event()
         self.metadata = inference_pb2.GetMetadataResponse(model_config_name="fake", action_horizon=2)
@@ -76,6 +77,13 @@ class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
 
     async def InferStream(self, _: Any, context: Any) -> None:  # noqa: N802
         self.num_streams += 1
+        self.num_open_streams += 1
+        try:
+            await self._answer(context)
+        finally:
+            self.num_open_streams -= 1
+
+    async def _answer(self, context: Any) -> None:
         while (request := await context.read()) is not grpc.aio.EOF:
             async with self._arrival:
                 self.received.append(request)
@@ -112,7 +120,8 @@ class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
 
 
 class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
-    """Writes `step 1`, `step 2` and so on. Tasks with a meaning: `nothing` (an empty text), `broken`; with `hold`
+    """Writes `step 1`, `step 2` and so on. Tasks with a meaning: `nothing` (an empty text), `broken`, `cancelled`;
+    with `hold`
     cleared, answers wait until it is set."""
 
     def __init__(self) -> None:
@@ -123,7 +132,7 @@ class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
         self.hold.set()
         self.config = planner_pb2.PlannerConfig(action_prompt_template="{task}. Subtask: {subtask}")
 
-    async def GenerateSubtask(self, request: Any, _: Any) -> planner_pb2.GenerateSubtaskResponse:  # noqa: N802
+    async def GenerateSubtask(self, request: Any, context: Any) -> planner_pb2.GenerateSubtaskResponse:  # noqa: N802
         self.received.append(request)
         task, text = request.observation.prompt, f"step {len(self.received)}"
         try:
@@ -131,6 +140,8 @@ class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
+        if task == "cancelled":
+            await context.abort(grpc.StatusCode.CANCELLED, "given up")
         if task == "broken":
             raise InternalError("the planner is broken")
         if task == "nothing":
