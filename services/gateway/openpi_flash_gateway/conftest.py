@@ -10,11 +10,13 @@ import grpc
 import numpy as np
 import pytest
 from openpi_flash.v1 import action_pb2_grpc, inference_pb2, planner_pb2, planner_pb2_grpc, types_pb2
+from openpi_flash_common import openpi_msgpack
 from openpi_flash_common.codec import tensor_to_proto
 from openpi_flash_common.errors import InternalError, InvalidArgumentError, error_to_proto
 from openpi_flash_common.grpc_server import GrpcServer
 from openpi_flash_common.settings import AuthSettings, EngineSettings, TelemetrySettings, TlsSettings
 from openpi_flash_common.telemetry import setup
+from websockets.asyncio.client import ClientConnection
 
 from openpi_flash_gateway import action_backend, planner_backend
 from openpi_flash_gateway.gateway import Gateway
@@ -232,3 +234,10 @@ async def running_gateway(settings: EngineSettings) -> AsyncIterator[Gateway]:
     finally:
         gateway.stop()
         await running
+
+
+async def ask(connection: ClientConnection, **observation: Any) -> Any:
+    """An observation over a WebSocket, and the reply to it: unpacked, or the text that says what was wrong."""
+    await connection.send(openpi_msgpack.packb({"state": np.zeros(3), **observation}))
+    answer = await asyncio.wait_for(connection.recv(), 10)
+    return answer if isinstance(answer, str) else openpi_msgpack.unpackb(answer)
