@@ -97,3 +97,23 @@ def test_an_unexpected_error_is_no_status(tmp_path):
     path.write_text('{"planner": {"checkpoint_dir": "c"}}')
     with pytest.raises(ZeroDivisionError):
         run_service("planner", serve, ["--config", str(path)], unusable=(UnusableError,))
+
+
+@pytest.mark.parametrize("wanted", [None, "event_engine_fork"])
+def test_grpc_is_told_how_to_wait_before_it_is_imported_unless_the_operator_has(wanted):
+    program = """
+import os, sys
+class Spy:
+    def find_spec(self, name, *_):
+        if name == "grpc":
+            print(os.environ.get("GRPC_EXPERIMENTS"))
+sys.meta_path.insert(0, Spy())
+import openpi_flash_common.process
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
+    if wanted:
+        environment["GRPC_EXPERIMENTS"] = wanted
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    assert said == f"{wanted or '-event_engine_client,-event_engine_listener,-event_engine_for_all_other_endpoints'}\n"
