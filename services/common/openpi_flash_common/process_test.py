@@ -1,6 +1,7 @@
 """Exit statuses of services, and a service in a process of its own for the tests of each."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from openpi_flash_common.process import run_service
+from openpi_flash_common.process import run_service, settle
 from openpi_flash_common.settings import EXIT_CONFIG, SettingsError
 
 
@@ -117,3 +118,13 @@ import openpi_flash_common.process
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     assert said == f"{wanted or '-event_engine_client,-event_engine_listener,-event_engine_for_all_other_endpoints'}\n"
+
+
+def test_what_is_alive_when_a_service_settles_is_no_later_collections_work():
+    try:
+        settle()
+        alive = gc.get_freeze_count()
+        assert alive > 1000
+        assert len(gc.get_objects()) < alive
+    finally:
+        gc.unfreeze()
