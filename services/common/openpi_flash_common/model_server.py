@@ -3,7 +3,6 @@
 import abc
 import asyncio
 import functools
-import gc
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ from openpi_flash.v1 import types_pb2
 
 from openpi_flash_common.errors import DeadlineExceededError, UnavailableError
 from openpi_flash_common.grpc_server import GrpcServer
+from openpi_flash_common.process import settle
 from openpi_flash_common.scheduler import Answer, Prepared, RunnableModel, Scheduler, as_it_is
 from openpi_flash_common.settings import ModelSettings, SettingsError, WarmUpSettings
 from openpi_flash_common.telemetry import Span, Telemetry
@@ -145,9 +145,7 @@ async def serve_model(
         os._exit(0)
     try:
         servicer.model = loading.result()
-        # A collection that walks all that a framework made takes over 100 ms; nothing of it is garbage.
-        gc.collect()
-        gc.freeze()
+        settle()
         await server.set_serving(True)
         await asyncio.wait({running, scheduler.lost}, return_when=asyncio.FIRST_COMPLETED)
         if scheduler.lost.done():

@@ -1,6 +1,7 @@
 """Exit statuses of services, and a service in a process of its own for the tests of each."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from openpi_flash_common.process import run_service
+from openpi_flash_common.process import run_service, settle
 from openpi_flash_common.settings import EXIT_CONFIG, SettingsError
 
 
@@ -97,3 +98,33 @@ def test_an_unexpected_error_is_no_status(tmp_path):
     path.write_text('{"planner": {"checkpoint_dir": "c"}}')
     with pytest.raises(ZeroDivisionError):
         run_service("planner", serve, ["--config", str(path)], unusable=(UnusableError,))
+
+
+@pytest.mark.parametrize("wanted", [None, "event_engine_fork"])
+def test_grpc_is_told_how_to_wait_before_it_is_imported_unless_the_operator_has(wanted):
+    program = """
+import os, sys
+class Spy:
+    def find_spec(self, name, *_):
+        if name == "grpc":
+            print(os.environ.get("GRPC_EXPERIMENTS"))
+sys.meta_path.insert(0, Spy())
+import openpi_flash_common.process
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
+    if wanted:
+        environment["GRPC_EXPERIMENTS"] = wanted
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    assert said == f"{wanted or '-event_engine_client,-event_engine_listener,-event_engine_for_all_other_endpoints'}\n"
+
+
+def test_what_is_alive_when_a_service_settles_is_no_later_collections_work():
+    try:
+        settle()
+        alive = gc.get_freeze_count()
+        assert alive > 1000
+        assert len(gc.get_objects()) < alive
+    finally:
+        gc.unfreeze()

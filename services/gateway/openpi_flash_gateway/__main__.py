@@ -2,7 +2,7 @@
 
 import sys
 
-from openpi_flash_common.process import run_service
+from openpi_flash_common.process import run_service, settle
 from openpi_flash_common.settings import EngineSettings
 
 from openpi_flash_gateway.gateway import Gateway
@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
 async def _serve(settings: EngineSettings) -> None:
     gateway = Gateway(settings)
     await gateway.start()
+    settle()
     await gateway.run_until_stopped()
 
 

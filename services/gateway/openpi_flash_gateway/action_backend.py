@@ -22,33 +22,35 @@ from openpi_flash_common.settings import GatewaySettings
 from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 
 from openpi_flash_gateway import wire
-from openpi_flash_gateway.backend import Access
+from openpi_flash_gateway.backend import Access, is_given_up
 from openpi_flash_gateway.replicas import Replica, Replicas
 
 logger = logging.getLogger(__name__)
 
 SERVICE = "openpi_flash.v1.ActionService"
 
-_METADATA_TIMEOUT_S = 10.0
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
-class ActionReplica(Replica):
+class ActionReplica(Replica[inference_pb2.GetMetadataResponse]):
     """One policy on one accelerator.
 
     Streams are opened on demand and kept; a request that is given up ends its stream, so that the action service drops
     the work.
-
-    Attributes:
-        metadata: what it said when it last became ready.
     """
 
     def __init__(self, settings: GatewaySettings, address: str, host: str, access: Access) -> None:
         """Takes what a Replica does."""
+        metadata = ("GetMetadata", inference_pb2.GetMetadataResponse)
         super().__init__(
-            "action service", SERVICE, address, access, max_message_bytes=settings.max_message_bytes, host=host
+            "action service",
+            SERVICE,
+            address,
+            access,
+            metadata,
+            max_message_bytes=settings.max_message_bytes,
+            host=host,
         )
-        self.metadata = inference_pb2.GetMetadataResponse()
         self._stream_method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
             f"/{SERVICE}/InferStream"
         )
@@ -67,11 +69,6 @@ class ActionReplica(Replica):
         with self.busy():
             return await self._exchange(self._open() if on_new_stream else self._take(), body, deadline, trace)
 
-    async def on_serving(self) -> None:
-        request = inference_pb2.GetMetadataRequest().SerializeToString()
-        answer = await self.call("GetMetadata", request, time.monotonic() + _METADATA_TIMEOUT_S)
-        self.metadata = inference_pb2.GetMetadataResponse.FromString(answer)
-
     async def _exchange(self, call: Any, body: wire.Pieces, deadline: float, trace: TraceContext) -> memoryview:
         self._last_request_id += 1
         request_id = self._last_request_id
@@ -84,15 +81,18 @@ class ActionReplica(Replica):
         except asyncio.InvalidStateError as error:  # the stream had ended before the request was written
             raise _NoAnswerError(grpc.StatusCode.UNAVAILABLE, UnavailableError("the stream had ended")) from error
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():  # grpc's way to say that the peer ended the stream so
-                lost = UnavailableError("the action service cancelled the stream")
-                raise _NoAnswerError(grpc.StatusCode.CANCELLED, lost) from error
-            call.cancel()  # out of time or given up: the action service is to drop the work
-            raise
+            if is_given_up():  # or out of time: the action service is to drop the work
+                call.cancel()
+                raise
+            lost = UnavailableError(f"the connection to the {self.name} was closed")
+            raise _NoAnswerError(grpc.StatusCode.CANCELLED, lost) from error
         if answer is grpc.aio.EOF:
             raise _NoAnswerError(grpc.StatusCode.UNAVAILABLE, UnavailableError("the action service ended the stream"))
-        answered_id, result = wire.read_stream_response(answer)
+        try:
+            answered_id, result = wire.read_stream_response(answer)
+        except DecodeError as error:
+            call.cancel()
+            raise InternalError(f"the {self.name} did not answer with an InferStreamResponse") from error
         if answered_id != request_id:  # never hand a robot another moment's actions
             call.cancel()
             raise InternalError(f"the action service answered request {answered_id} in place of {request_id}")
@@ -109,7 +109,10 @@ class ActionReplica(Replica):
         return self._open()
 
     def _open(self) -> Any:
-        return self._stream_method(metadata=self._call_metadata)
+        try:
+            return self._stream_method(metadata=self._call_metadata)
+        except grpc.aio.UsageError as error:
+            raise _NoAnswerError(grpc.StatusCode.UNAVAILABLE, self.closed_error()) from error
 
 
 class _NoAnswerError(Exception):
@@ -121,7 +124,7 @@ class _NoAnswerError(Exception):
         self.error = error
 
 
-class ActionBackend(Replicas[ActionReplica]):
+class ActionBackend(Replicas[ActionReplica, inference_pb2.GetMetadataResponse]):
     """All replicas of the action service. They are alike: it does not matter to a robot which of them answers."""
 
     def __init__(self, settings: GatewaySettings, addresses: str) -> None:
@@ -132,15 +135,8 @@ class ActionBackend(Replicas[ActionReplica]):
             addresses,
             settings.action,
             lambda address, host, access: ActionReplica(settings, address, host, access),
+            metadata=inference_pb2.GetMetadataResponse(),
         )
-        self._metadata = inference_pb2.GetMetadataResponse()
-
-    @property
-    def metadata(self) -> inference_pb2.GetMetadataResponse:
-        """What a ready replica says of itself; while none is ready, what one last said."""
-        for replica in self.ready:
-            self._metadata = replica.metadata
-        return self._metadata
 
     async def infer(self, body: wire.Pieces, deadline: float, trace: TraceContext = NO_TRACE) -> memoryview:
         """Has a replica answer a serialized InferRequest; one that gets no answer is tried a second time, by another

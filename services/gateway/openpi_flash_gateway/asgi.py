@@ -9,6 +9,7 @@ from typing import Any
 from openpi_flash_common.settings import GatewaySettings
 from openpi_flash_common.telemetry import Telemetry
 
+from openpi_flash_gateway import conversation
 from openpi_flash_gateway.conversation import CLOSE_FAILED, CLOSE_GOING_AWAY, Connection, Conversations
 from openpi_flash_gateway.endpoint import Endpoint
 
@@ -16,8 +17,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_SEND_TIMEOUT_S = 10.0
-_WAITING_FRAMES = 2  # observations that a client which does not wait for replies may have in memory
 _CLOSE_TOO_BIG = 1009
 _CLOSE_REFUSED = 1008
 
@@ -48,20 +47,20 @@ class AsgiServer:
                 await send({"type": "websocket.close", "code": _CLOSE_REFUSED, "reason": answer[1].strip()})
 
     async def drain(self) -> None:
-        """Closes the connections with 1001, those with a request in flight when it has been answered."""
+        """Refuses what is new, and returns when all conversations have ended, as Conversations.drain says."""
         await self._conversations.drain()
 
     async def _serve(self, headers: list[tuple[str, str]], receive: Receive, send: Send) -> None:
         connection = _Connection(headers, send)
-        conversation = asyncio.ensure_future(self._conversations.converse(connection))
+        conversing = asyncio.ensure_future(self._conversations.converse(connection))
         reading = asyncio.ensure_future(self._read(receive, connection))
         try:
             # A client that goes away while its request is in flight cancels the request.
-            await asyncio.wait({conversation, reading}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({conversing, reading, connection.closed}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            conversation.cancel()
+            conversing.cancel()
             reading.cancel()
-            faults = await asyncio.gather(conversation, reading, return_exceptions=True)
+            faults = await asyncio.gather(conversing, reading, return_exceptions=True)
             unexpected = [fault for fault in faults if isinstance(fault, Exception) and not isinstance(fault, OSError)]
             for fault in unexpected:
                 logger.error("a WebSocket connection failed", exc_info=fault)
@@ -82,8 +81,9 @@ class _Connection(Connection):
     def __init__(self, headers: Iterable[tuple[str, str]], send: Send) -> None:
         self._headers = headers
         self._send = send
-        self.frames: asyncio.Queue[bytes | str] = asyncio.Queue(_WAITING_FRAMES)
+        self.frames: asyncio.Queue[bytes | str] = asyncio.Queue(conversation.WAITING_FRAMES)
         self.open = True
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def headers(self) -> Iterable[tuple[str, str]]:
@@ -94,7 +94,7 @@ class _Connection(Connection):
 
     async def send(self, frame: bytes | str) -> None:
         try:
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
+            async with asyncio.timeout(conversation.SEND_TIMEOUT_S):
                 await self._send({"type": "websocket.send", "text" if isinstance(frame, str) else "bytes": frame})
         except TimeoutError:
             logger.warning("a robot reads nothing; its connection is cut off")
@@ -105,10 +105,11 @@ class _Connection(Connection):
             return
         self.open = False
         try:
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
+            async with asyncio.timeout(conversation.SEND_TIMEOUT_S):
                 await self._send({"type": "websocket.close", "code": code, "reason": reason})
         except (OSError, TimeoutError):
-            return  # it is gone
+            pass  # it is gone
+        self.closed.set_result(None)
 
 
 async def _respond(send: Send, kind: str, status: http.HTTPStatus, text: str) -> None:

@@ -1,20 +1,24 @@
 """A service behind the gateway: its channel, whether it is ready, and its unary calls."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from openpi_flash_common.errors import ServiceError, from_rpc_error
+from openpi_flash_common.errors import InternalError, ServiceError, UnavailableError, from_rpc_error
 from openpi_flash_common.settings import BackendSettings, SettingsError
 from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
 OnChange = Callable[[], Awaitable[None]]
+MessageT = TypeVar("MessageT", bound=Message)
 
 _RETRY_DELAYS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ENVELOPE_BYTES = 4096  # what a stream's envelope may add to a request of the largest accepted size
@@ -54,6 +58,7 @@ class Backend:
 
     Attributes:
         not_ready_reason: why the service cannot be used now, for people; empty: it is warm and within reach.
+        num_in_flight: requests that it is working on.
     """
 
     def __init__(
@@ -69,6 +74,9 @@ class Backend:
         """
         self.name = name
         self.not_ready_reason = f"the {name} has not been reached yet"
+        self.num_in_flight = 0
+        self._all_answered = asyncio.Event()
+        self._all_answered.set()
         self._service = service
         self._channel = _channel(address, access, max_message_bytes, host)
         self._call_metadata = access.metadata
@@ -80,11 +88,46 @@ class Backend:
             ServiceError: what the service answered, or that it did not.
         """
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{self._service}/{method}")
+        metadata = (*self._call_metadata, *trace.to_metadata())
+        with self.busy():
+            try:
+                return await call(request, timeout=deadline - time.monotonic(), metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.CANCELLED:
+                    raise UnavailableError(f"the {self.name} cancelled the call") from error
+                raise from_rpc_error(error) from error
+            except grpc.aio.UsageError as error:
+                raise self.closed_error() from error
+            except asyncio.CancelledError as error:
+                if is_given_up():
+                    raise
+                raise UnavailableError(f"the connection to the {self.name} was closed") from error
+
+    async def ask(
+        self, method: str, request: bytes, answer: type[MessageT], deadline: float, trace: TraceContext = NO_TRACE
+    ) -> MessageT:
+        """One unary call, as `call`, and its answer parsed."""
+        data = await self.call(method, request, deadline, trace)
         try:
-            metadata = (*self._call_metadata, *trace.to_metadata())
-            return await call(request, timeout=deadline - time.monotonic(), metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            return answer.FromString(data)
+        except DecodeError as error:
+            raise InternalError(f"the {self.name} did not answer with a {answer.DESCRIPTOR.name}") from error
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Counts a request."""
+        self.num_in_flight += 1
+        self._all_answered.clear()
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            if not self.num_in_flight:
+                self._all_answered.set()
+
+    def closed_error(self) -> UnavailableError:
+        """What a request gets that came just after the end."""
+        return UnavailableError(f"the {self.name} is no longer used")
 
     async def watch(self, on_change: OnChange) -> None:
         """Follows the service's health until cancelled; tells of each change of `not_ready_reason`."""
@@ -95,8 +138,8 @@ class Backend:
             try:
                 async for update in health:
                     if update.status == health_pb2.HealthCheckResponse.SERVING:
-                        failures = 0
                         await self.on_serving()
+                        failures = 0
                         await self._set_ready("", on_change)
                     else:
                         await self._set_ready(f"the {self.name} is not serving; it may be warming up", on_change)
@@ -118,6 +161,13 @@ class Backend:
             ServiceError: it could not be done; it is tried again later.
         """
 
+    async def retire(self) -> None:
+        """Closes, once the requests in flight have ended; at once when cancelled."""
+        try:
+            await self._all_answered.wait()
+        finally:
+            await self.close()
+
     async def close(self) -> None:
         """Ends every call."""
         await self._channel.close()
@@ -129,6 +179,15 @@ class Backend:
         if problem:
             logger.log(logging.WARNING if was_ready else logging.INFO, "%s", problem)
         await on_change()
+
+
+def is_given_up() -> bool:
+    """Whether a CancelledError is meant for the running task.
+
+    If not, it is grpc's way to say that a call has ended with its channel.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _channel(address: str, access: Access, max_message_bytes: int, host: str) -> grpc.aio.Channel:

@@ -10,11 +10,13 @@ import grpc
 import numpy as np
 import pytest
 from openpi_flash.v1 import action_pb2_grpc, inference_pb2, planner_pb2, planner_pb2_grpc, types_pb2
+from openpi_flash_common import openpi_msgpack
 from openpi_flash_common.codec import tensor_to_proto
 from openpi_flash_common.errors import InternalError, InvalidArgumentError, error_to_proto
 from openpi_flash_common.grpc_server import GrpcServer
 from openpi_flash_common.settings import AuthSettings, EngineSettings, TelemetrySettings, TlsSettings
 from openpi_flash_common.telemetry import setup
+from websockets.asyncio.client import ClientConnection
 
 from openpi_flash_gateway import action_backend, planner_backend
 from openpi_flash_gateway.gateway import Gateway
@@ -59,6 +61,7 @@ class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
         self._arrival = asyncio.Condition()
         self.resets: list[str] = []
         self.num_streams = 0
+        self.num_open_streams = 0
         self.cancelled = asyncio.Event()
         self.release = asyncio.Event()
         self.metadata = inference_pb2.GetMetadataResponse(model_config_name="fake", action_horizon=2)
@@ -76,6 +79,13 @@ class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
 
     async def InferStream(self, _: Any, context: Any) -> None:  # noqa: N802
         self.num_streams += 1
+        self.num_open_streams += 1
+        try:
+            await self._answer(context)
+        finally:
+            self.num_open_streams -= 1
+
+    async def _answer(self, context: Any) -> None:
         while (request := await context.read()) is not grpc.aio.EOF:
             async with self._arrival:
                 self.received.append(request)
@@ -112,7 +122,8 @@ class FakeActionService(_FakeService, action_pb2_grpc.ActionServiceServicer):
 
 
 class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
-    """Writes `step 1`, `step 2` and so on. Tasks with a meaning: `nothing` (an empty text), `broken`; with `hold`
+    """Writes `step 1`, `step 2` and so on. Tasks with a meaning: `nothing` (an empty text), `broken`, `cancelled`;
+    with `hold`
     cleared, answers wait until it is set."""
 
     def __init__(self) -> None:
@@ -123,7 +134,7 @@ class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
         self.hold.set()
         self.config = planner_pb2.PlannerConfig(action_prompt_template="{task}. Subtask: {subtask}")
 
-    async def GenerateSubtask(self, request: Any, _: Any) -> planner_pb2.GenerateSubtaskResponse:  # noqa: N802
+    async def GenerateSubtask(self, request: Any, context: Any) -> planner_pb2.GenerateSubtaskResponse:  # noqa: N802
         self.received.append(request)
         task, text = request.observation.prompt, f"step {len(self.received)}"
         try:
@@ -131,6 +142,8 @@ class FakePlannerService(_FakeService, planner_pb2_grpc.PlannerServiceServicer):
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
+        if task == "cancelled":
+            await context.abort(grpc.StatusCode.CANCELLED, "given up")
         if task == "broken":
             raise InternalError("the planner is broken")
         if task == "nothing":
@@ -221,3 +234,10 @@ async def running_gateway(settings: EngineSettings) -> AsyncIterator[Gateway]:
     finally:
         gateway.stop()
         await running
+
+
+async def ask(connection: ClientConnection, **observation: Any) -> Any:
+    """An observation over a WebSocket, and the reply to it: unpacked, or the text that says what was wrong."""
+    await connection.send(openpi_msgpack.packb({"state": np.zeros(3), **observation}))
+    answer = await asyncio.wait_for(connection.recv(), 10)
+    return answer if isinstance(answer, str) else openpi_msgpack.unpackb(answer)

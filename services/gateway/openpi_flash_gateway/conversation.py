@@ -41,13 +41,22 @@ METHOD = "WebSocket/Infer"
 CLOSE_GOING_AWAY = 1001
 CLOSE_FAILED = 1011
 
+SEND_TIMEOUT_S = 10.0
+"""After which a robot that reads nothing is cut off."""
+
+WAITING_FRAMES = 2
+"""Observations that a client which does not wait for replies may have in memory."""
+
 _PASSING = (ResourceExhaustedError, DeadlineExceededError, UnavailableError)
 _MAX_ERROR_LENGTH = 2048
 _CONNECTIONS_PER_REQUEST = 4  # robots that may be connected, for each request that may be in flight
 
 
 class Connection(abc.ABC):
-    """One robot's WebSocket, whatever accepts it. Methods raise the listener's own error when the robot is gone."""
+    """One robot's WebSocket, whatever accepts it. Methods raise the listener's own error when the robot is gone.
+
+    A conversation whose robot is gone, or whose connection has been closed, is cancelled by its listener.
+    """
 
     @property
     @abc.abstractmethod
@@ -60,7 +69,7 @@ class Connection(abc.ABC):
 
     @abc.abstractmethod
     async def send(self, frame: bytes | str) -> None:
-        """Sends a frame; cuts off a robot that reads nothing for too long."""
+        """Sends a frame; cuts off a robot that reads nothing for SEND_TIMEOUT_S."""
 
     @abc.abstractmethod
     async def close(self, code: int, reason: str) -> None:
@@ -82,6 +91,7 @@ class Conversations:
         self._waiting: set[Connection] = set()  # without a request in flight
         self._num_connections = 0
         self._draining = False
+        self._all_ended = asyncio.Event()
 
     def plain_answer(self, path: str, headers: Iterable[tuple[str, str]]) -> tuple[http.HTTPStatus, str] | None:
         """What a handshake, or a request without one, is answered in place of a conversation; None: come in.
@@ -99,6 +109,8 @@ class Conversations:
                 http.HTTPStatus.UNAUTHORIZED,
                 "a valid token is required (Authorization: Bearer … or Api-Key …)\n",
             )
+        if self._draining:
+            return http.HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping\n"
         if self._num_connections >= self._max_connections:
             return (
                 http.HTTPStatus.SERVICE_UNAVAILABLE,
@@ -111,21 +123,27 @@ class Conversations:
         self._num_connections += 1
         session_id = f"websocket-{secrets.token_hex(8)}"
         try:
-            trace = TraceContext.from_metadata(connection.headers)
-            self._waiting.add(connection)
-            await self._endpoint.wait_ready()
-            await connection.send(openpi_msgpack.packb(_policy_metadata(self._endpoint.metadata())))
-            await self._answer_all(connection, trace, session_id)
+            if not self._draining:  # as it may since the handshake
+                trace = TraceContext.from_metadata(connection.headers)
+                self._waiting.add(connection)
+                await self._endpoint.wait_ready()
+                await connection.send(openpi_msgpack.packb(_policy_metadata(self._endpoint.metadata())))
+                await self._answer_all(connection, trace, session_id)
         finally:
             self._num_connections -= 1
             self._waiting.discard(connection)
             self._endpoint.forget(session_id)
+            if self._draining and not self._num_connections:
+                self._all_ended.set()
 
     async def drain(self) -> None:
-        """Closes what waits with 1001; what is in flight is answered, and closed after that."""
+        """Closes what waits with 1001; what is in flight is answered, and closed after that. Returns when all
+        conversations have ended."""
         self._draining = True
-        waiting = tuple(self._waiting)
-        await asyncio.gather(*(connection.close(CLOSE_GOING_AWAY, "server stops") for connection in waiting))
+        if self._num_connections:
+            waiting = tuple(self._waiting)
+            await asyncio.gather(*(connection.close(CLOSE_GOING_AWAY, "server stops") for connection in waiting))
+            await self._all_ended.wait()
 
     async def _answer_all(self, connection: Connection, trace: TraceContext, session_id: str) -> None:
         last_total_ms: float | None = None

@@ -5,9 +5,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from google.protobuf.message import DecodeError
 from openpi_flash.v1 import planner_pb2
-from openpi_flash_common.errors import InternalError, InvalidArgumentError, ServiceError, UnavailableError
+from openpi_flash_common.errors import InvalidArgumentError, ServiceError, UnavailableError
 from openpi_flash_common.settings import GatewaySettings
 from openpi_flash_common.telemetry import NO_TRACE, TraceContext
 
@@ -21,12 +20,9 @@ SERVICE: str = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"].full_na
 _CALL_TIMEOUT_S = 5.0
 
 
-class PlannerReplica(Replica):
-    """One planner. When it becomes ready it is given the changes that were made to the configuration while it was away.
-
-    Attributes:
-        metadata: what it said when it last became ready.
-    """
+class PlannerReplica(Replica[planner_pb2.GetPlannerMetadataResponse]):
+    """One planner. When it becomes ready it is given the changes that were made to the configuration while it was
+    away."""
 
     def __init__(
         self,
@@ -41,53 +37,48 @@ class PlannerReplica(Replica):
         Args:
             changes: those that hold at present; read whenever the replica becomes ready.
         """
-        super().__init__("planner", SERVICE, address, access, max_message_bytes=settings.max_message_bytes, host=host)
-        self.metadata = planner_pb2.GetPlannerMetadataResponse()
+        metadata = ("GetPlannerMetadata", planner_pb2.GetPlannerMetadataResponse)
+        super().__init__(
+            "planner", SERVICE, address, access, metadata, max_message_bytes=settings.max_message_bytes, host=host
+        )
         self._changes = changes
 
-    async def generate(self, request: bytes, deadline: float, trace: TraceContext) -> bytes:
-        """A serialized GenerateSubtaskRequest to a GenerateSubtaskResponse. Raises ServiceErrors."""
-        with self.busy():
-            return await self.call("GenerateSubtask", request, deadline, trace)
+    async def generate(
+        self, request: bytes, deadline: float, trace: TraceContext
+    ) -> planner_pb2.GenerateSubtaskResponse:
+        """Answers a serialized GenerateSubtaskRequest. Raises ServiceErrors."""
+        return await self.ask("GenerateSubtask", request, planner_pb2.GenerateSubtaskResponse, deadline, trace)
 
     async def config(self) -> planner_pb2.PlannerConfig:
         """The configuration in force there. Raises ServiceErrors."""
-        answer = await self.call("GetConfig", b"", time.monotonic() + _CALL_TIMEOUT_S)
-        return planner_pb2.GetConfigResponse.FromString(answer).config
+        deadline = time.monotonic() + _CALL_TIMEOUT_S
+        return (await self.ask("GetConfig", b"", planner_pb2.GetConfigResponse, deadline)).config
 
     async def update(self, change: planner_pb2.UpdateConfigRequest) -> planner_pb2.PlannerConfig:
         """Changes the configuration there; returns the one in force afterwards. Raises ServiceErrors."""
-        answer = await self.call("UpdateConfig", change.SerializeToString(), time.monotonic() + _CALL_TIMEOUT_S)
-        return planner_pb2.UpdateConfigResponse.FromString(answer).config
+        deadline, request = time.monotonic() + _CALL_TIMEOUT_S, change.SerializeToString()
+        return (await self.ask("UpdateConfig", request, planner_pb2.UpdateConfigResponse, deadline)).config
 
     async def on_serving(self) -> None:
-        answer = await self.call("GetPlannerMetadata", b"", time.monotonic() + _CALL_TIMEOUT_S)
-        self.metadata = planner_pb2.GetPlannerMetadataResponse.FromString(answer)
+        await super().on_serving()
         if self._changes.ListFields():
             await self.update(self._changes)
 
 
-class PlannerBackend(Replicas[PlannerReplica]):
+class PlannerBackend(Replicas[PlannerReplica, planner_pb2.GetPlannerMetadataResponse]):
     """All replicas of the planner, with one configuration."""
 
     def __init__(self, settings: GatewaySettings, addresses: str) -> None:
         """Describes the replicas, as Replicas do."""
         self._changes = planner_pb2.UpdateConfigRequest()
-        self._metadata = planner_pb2.GetPlannerMetadataResponse()
         super().__init__(
             "planner",
             "gateway.planner.address",
             addresses,
             settings.planner,
             lambda address, host, access: PlannerReplica(settings, address, host, access, self._changes),
+            metadata=planner_pb2.GetPlannerMetadataResponse(),
         )
-
-    @property
-    def metadata(self) -> planner_pb2.GetPlannerMetadataResponse:
-        """What a ready replica says of itself; while none is ready, what one last said."""
-        for replica in self.ready:
-            self._metadata = replica.metadata
-        return self._metadata
 
     async def generate(
         self, request: bytes, deadline: float, trace: TraceContext = NO_TRACE
@@ -104,17 +95,13 @@ class PlannerBackend(Replicas[PlannerReplica]):
         """
         replica = self.pick()
         try:
-            answer = await replica.generate(request, deadline, trace)
+            return await replica.generate(request, deadline, trace)
         except UnavailableError as error:
             other = self.pick(other_than=replica)
             if other is replica:
                 raise
             logger.info("no answer from the %s, trying another: %s", replica.name, error.message)
-            answer = await other.generate(request, deadline, trace)
-        try:
-            return planner_pb2.GenerateSubtaskResponse.FromString(answer)
-        except DecodeError as error:
-            raise InternalError(f"the {replica.name} did not answer with a GenerateSubtaskResponse") from error
+            return await other.generate(request, deadline, trace)
 
     async def configs(self) -> dict[str, planner_pb2.PlannerConfig | ServiceError]:
         """The configuration in force at each replica, or why it is not known, by address."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import re
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from openpi_flash.v1 import inference_pb2
 from openpi_flash_common.errors import UnavailableError
+from openpi_flash_common.settings import SettingsError
 
 from openpi_flash_gateway import replicas
 from openpi_flash_gateway.action_backend import ActionBackend
@@ -132,6 +135,65 @@ async def test_replicas_are_looked_for_behind_a_name(services, tmp_path, monkeyp
         for _ in range(3):
             await infer(backend)
         assert len(first.received) == count
+
+
+async def test_a_replica_that_is_dropped_answers_what_it_has(services, tmp_path, monkeypatch):
+    first, second = services
+    behind_name = [first]
+
+    async def resolve(*_: object) -> list[str]:
+        return addresses(behind_name).split(",")
+
+    monkeypatch.setattr(replicas, "_addresses", resolve)
+    monkeypatch.setattr(replicas, "_RESOLVE_INTERVAL_S", 0.02)
+    async with running_backend(tmp_path, "action.internal:50052", ready=1) as backend:
+        slow = asyncio.create_task(infer(backend, "slow"))
+        await first.wait_received(1)
+        behind_name[:] = [second]
+        await until(
+            lambda: len(backend.ready) == 1 and backend.replicas[0].address.endswith(str(second.port)), "change"
+        )
+        await infer(backend)
+        assert not slow.done()
+        first.release.set()
+        await slow
+        assert len(first.received) == 1
+        await until(lambda: first.num_open_streams == 0, "the connection to be closed")
+
+
+async def test_a_watch_that_fails_is_no_secret(services, tmp_path):
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    settings = make_settings(tmp_path, action={"address": addresses(services)})
+    backend = ActionBackend(settings.gateway, settings.action_address or "")
+    with pytest.raises(ExceptionGroup):
+        await asyncio.wait_for(backend.watch(fail), 20)
+    await backend.close()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["::1", "127.0.0.1", "127.0.0.2"], ["127.0.0.1:7", "127.0.0.2:7"]),
+        (["127.0.0.1", "::1"], ["127.0.0.1:7"]),
+        (["::1", "fd00::2"], ["[::1]:7", "[fd00::2]:7"]),
+    ],
+)
+async def test_a_name_with_addresses_of_both_families_stands_for_each_host_once(hosts, expected, monkeypatch):
+    async def getaddrinfo(_: str, port: int, **__: object) -> list[tuple]:
+        families = [socket.AF_INET6 if ":" in host else socket.AF_INET for host in hosts]
+        return [(family, 0, 0, "", (host, port)) for family, host in zip(families, hosts, strict=True)]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    assert await replicas._addresses("action.internal", 7) == expected
+
+
+@pytest.mark.parametrize("address", ["a..b:1", f"{'x' * 64}.internal:1"])
+async def test_an_address_that_is_no_host_name_is_named(address, tmp_path):
+    settings = make_settings(tmp_path)
+    with pytest.raises(SettingsError, match=re.escape(f"gateway.action.address: {address!r}: ")):
+        ActionBackend(settings.gateway, f"127.0.0.1:1,{address}")
 
 
 async def test_a_name_that_stands_for_nothing_is_named(tmp_path):

@@ -11,13 +11,12 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from openpi_flash_gateway import conversation
 from openpi_flash_gateway.conversation import Connection, Conversations
 from openpi_flash_gateway.endpoint import Endpoint
 
 _OPEN_TIMEOUT_S = 10.0
-_SEND_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
-_WAITING_FRAMES = 2  # observations that a client which does not wait for replies may have in memory
 
 logger = logging.getLogger(__name__)
 # Its errors are failed handshakes, port scanners' for example, with a traceback each.
@@ -57,7 +56,7 @@ class WebSocketServer:
                 ssl=_ssl_context(self._tls) if self._tls is not None else None,
                 compression=None,
                 max_size=self._max_message_bytes,
-                max_queue=_WAITING_FRAMES,
+                max_queue=conversation.WAITING_FRAMES,
                 open_timeout=_OPEN_TIMEOUT_S,
                 close_timeout=_CLOSE_TIMEOUT_S,
                 logger=_protocol_logger,
@@ -70,7 +69,7 @@ class WebSocketServer:
         return next(iter(self._server.sockets)).getsockname()[1]
 
     async def drain(self) -> None:
-        """Accepts nothing new, answers what is in flight, and closes the connections with 1001."""
+        """Accepts nothing new, and returns when all conversations have ended, as Conversations.drain says."""
         if self._server is None:
             return
         self._server.close(close_connections=False)
@@ -119,7 +118,7 @@ class _Connection(Connection):
 
     async def send(self, frame: bytes | str) -> None:
         try:
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
+            async with asyncio.timeout(conversation.SEND_TIMEOUT_S):
                 await self._connection.send(frame)
         except TimeoutError:
             logger.warning("a robot reads nothing; its connection is cut off")
