@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openpi_flash.v1 import action_pb2, action_pb2_grpc, inference_pb2
 
+from openpi_flash_common import grpc_server
 from openpi_flash_common.errors import (
     InternalError,
     InvalidArgumentError,
@@ -297,6 +298,18 @@ async def test_a_stop_finishes_what_runs_and_ends_what_is_idle():
         assert (await busy.read()).request_id == 2
         with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
             await busy.read()
+
+
+async def test_a_stop_does_not_wait_for_a_grpc_that_never_says_that_it_stopped(monkeypatch, caplog):
+    monkeypatch.setattr(grpc_server, "_CUT_OFF_TIMEOUT_S", 0.01)
+    server = GrpcServer({}, ["127.0.0.1:0"], Telemetry())
+    await server.start()
+    stop = server._server.stop
+    monkeypatch.setattr(server._server, "stop", lambda grace: asyncio.get_running_loop().create_future())
+    server.stop()
+    await asyncio.wait_for(server.run_until_stopped(), 10)
+    assert "gRPC does not end" in caplog.text
+    await stop(None)
 
 
 async def test_a_stop_does_not_wait_forever():
