@@ -111,12 +111,15 @@ class RemotePolicy(abc.ABC):
             PolicyError: any other failure; see its subclasses.
         """
         obs = with_options(obs, seed=seed, noise=noise, num_steps=num_steps, mode=mode)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         exchange = at_once(self._exchange)
 
-        def ask(obs: Mapping[str, Any]) -> dict[str, Any]:
-            return run(self._infer_chunk(obs, exchange, timeout_s, traceparent))
+        def ask(obs: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+            return run(self._infer_chunk(obs, exchange, limit_s, deadline, traceparent))
 
-        return ask(obs) if self._chunks is None else self._chunks.infer(obs, ask)
+        if self._chunks is None:
+            return ask(obs, time.monotonic() + limit_s)
+        return self._chunks.infer(obs, ask, limit_s)
 
     def reset(self) -> None:
         """Makes the server forget this robot's session, and drops the chunk whose steps are being served.
@@ -202,10 +205,10 @@ class RemotePolicy(abc.ABC):
         return Call(method, message, pictures, timeout_s, time.monotonic() + timeout_s)
 
     async def _infer_chunk(
-        self, obs: Mapping[str, Any], exchange: "Exchange", timeout_s: float | None, traceparent: str
+        self, obs: Mapping[str, Any], exchange: "Exchange", timeout_s: float, deadline: float, traceparent: str
     ) -> dict[str, Any]:
         message = inference_pb2.InferStreamRequest(traceparent=traceparent)
-        call = self._call("Infer", message, timeout_s=timeout_s)
+        call = self._call("Infer", message, timeout_s=timeout_s)._replace(deadline=deadline)
         if self._cameras_since != self._num_lost:
             try:
                 await self._read_cameras(exchange, call.time_left_s)
