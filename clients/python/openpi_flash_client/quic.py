@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpi_flash_client.errors import PolicyError, from_status
+from openpi_flash_client.errors import PolicyError, closed_error, from_status
 from openpi_flash_client.remote import ANSWERS, Call, RemotePolicy, with_options
 
 try:
@@ -149,7 +149,7 @@ class FlashTransportPolicy(RemotePolicy):
 
     def _error(self, call: Call, error: TransportError) -> PolicyError:
         if self._closed:
-            return PolicyError("the policy is closed")
+            return closed_error()
         code, message, field = error.args
         if not message:
             connection = "" if self._client.connected else "; there is no connection"

@@ -12,7 +12,13 @@ from openpi_flash.v1 import inference_pb2
 
 from openpi_flash_client.chunks import ActionChunks, default_horizon
 from openpi_flash_client.codec import read_metadata, read_response, write_request
-from openpi_flash_client.errors import InvalidArgumentError, PolicyError, PolicyTimeoutError, UnavailableError
+from openpi_flash_client.errors import (
+    InvalidArgumentError,
+    PolicyError,
+    PolicyTimeoutError,
+    UnavailableError,
+    closed_error,
+)
 from openpi_flash_client.pictures import Cameras, PictureError, read_cameras
 from openpi_flash_client.waiting import at_once, run
 
@@ -142,7 +148,7 @@ class RemotePolicy(abc.ABC):
         return read_metadata(self._exchange(self._call("GetMetadata", inference_pb2.GetMetadataRequest())))
 
     def close(self) -> None:
-        """Ends the connection, and with it requests in flight."""
+        """Ends the connection, and with it requests in flight, by a PolicyError of code `CANCELLED`."""
         self._closed = True
         if self._chunks is not None:
             self._chunks.close()
@@ -200,7 +206,7 @@ class RemotePolicy(abc.ABC):
 
     def _call(self, method: str, message: Any, pictures: Sequence[Any] = (), timeout_s: float | None = None) -> Call:
         if self._closed:
-            raise PolicyError("the policy is closed")
+            raise closed_error()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         return Call(method, message, pictures, timeout_s, time.monotonic() + timeout_s)
 
