@@ -127,31 +127,6 @@ def start_engine(
     return _start(settings, directory / "settings.json", f"{sockets}/state", environment or {})
 
 
-def small_settings(tiny: TinyPolicy, directory: Path) -> dict[str, Any]:
-    """Settings of a tiny policy on free ports, warm after one shape, for engines that a test starts in its own way.
-
-    Args:
-        directory: for the edge's socket.
-    """
-    ports = iter(free_ports(4))
-    return {
-        "action": {
-            "model_config_name": str(tiny.policy_file),
-            "checkpoint_dir": str(tiny.checkpoint_dir),
-            "precision": "float32",
-            "max_batch_size": 1,
-            "warm_up": {"prompt_buckets": [64]},
-            "grpc_port": next(ports),
-        },
-        "action_transport": {
-            "websocket_port": next(ports),
-            "quic_port": next(ports),
-            "unix_socket_path": str(directory / "s"),
-        },
-        "gateway": {"host": "127.0.0.1", "grpc_port": next(ports), "admin": None},
-    }
-
-
 def start_engine_again(engine: Engine, gateway: dict[str, Any]) -> Engine:
     """Starts an engine that has ended once more, with other fields of the `gateway` section."""
     settings = {**engine.settings, "gateway": engine.settings["gateway"] | gateway}

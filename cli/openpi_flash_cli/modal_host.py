@@ -9,20 +9,20 @@ import hashlib
 import json
 import os
 import secrets
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from openpi_flash_client import portal
 from openpi_flash_common.settings import EngineSettings, SettingsError, TransportSettings, load_settings
+
+from openpi_flash_cli.serve import serving
 
 DICT = "openpi-flash"
 """Name of the Dict unless OPENPI_MODAL_DICT names another."""
@@ -79,7 +79,7 @@ def serve_tunnel(store: portal.Store, forward: Forward) -> int:
     settings = load_settings()
     port = _transport(settings).websocket_port
     with (
-        _engine() as engine,
+        serving() as engine,
         forward(port) as websocket,
         forward(settings.gateway.grpc_port, h2_enabled=True) as grpc,
     ):
@@ -107,7 +107,7 @@ def serve_quic(store: portal.Store, stun_servers: Sequence[portal.Address] | Non
     require_token(store)
     settings = load_settings()
     stop = threading.Event()
-    with _engine() as engine:
+    with serving() as engine:
 
         def watch() -> None:
             engine.wait()
@@ -139,16 +139,6 @@ def relay_from(environ: Any) -> dict[str, Any]:
         raise SettingsError("QUIC_RELAY_KEY: not set; it is the key that the relay was started with")
     address = (host, int(port or portal.RELAY_PORT)) if host else None
     return {"relay": address, "relay_only": is_only, "relay_key": key}
-
-
-@contextlib.contextmanager
-def _engine() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-m", "openpi_flash_cli", "serve"])
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
 
 
 def _wait_listening(port: int, engine: subprocess.Popen[bytes]) -> None:
