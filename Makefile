@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-terraform images chart
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link bench-restart proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-terraform images chart
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -166,6 +166,9 @@ bench-planner: .venv/.dev ## What a subtask costs: first token, each further one
 
 bench-link: .venv/.dev $(STOCK_CLIENT) | $(filter .cache/%,$(UV)) ## Answer times over an emulated link (root, TUN; QUICK=1: five minutes)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.link.bench table $(if $(QUICK),--quick) $(BENCH_ARGS)
+
+bench-restart: .venv/.dev $(STOCK_CLIENT) ## Time without answers when edge, gateway or server are killed and started again
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.restart $(BENCH_ARGS)
 
 OUT ?= build/stubs
 stubs: | $(filter .cache/%,$(UV)) ## Python stubs for robot code in OUT

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 from openpi_flash_cli.demo import free_ports
-from openpi_flash_cli.edge import find_binary
+from openpi_flash_cli.edge import edge_program, find_binary
 from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import make_tiny_policy
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy
+from openpi_flash_common.settings import EngineSettings
 
 HERE = Path(__file__).parent
 STOCK_PYTHON = HERE.parent / ".cache/openpi-client-env/bin/python"
@@ -81,7 +82,11 @@ def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
             "max_batch_size": 1,
             "grpc_port": action_port,
         },
-        "action_transport": {"websocket_port": websocket_port, "unix_socket_path": str(directory / "s")},
+        "action_transport": {
+            "websocket_port": websocket_port,
+            "quic_port": quic_port,
+            "unix_socket_path": str(directory / "s"),
+        },
         "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port, "admin": None},
         "log": {"level": "error"},
     }
@@ -92,9 +97,8 @@ def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
         stack.enter_context(running([sys.executable, *program, "--config", path]))
     binary = find_binary()
     assert binary is not None, "`make install` brings the edge"
-    edge = [binary, "server", "--action-upstream", f"unix:{directory / 's'}"]
-    edge += ["--action-listen", f"127.0.0.1:{quic_port}", "--state-dir", directory, "--log-level", "error"]
-    stack.enter_context(running(edge))
+    edge = edge_program(EngineSettings.model_validate(settings), binary, directory).argv
+    stack.enter_context(running([*edge, "--state-dir", directory, "--log-level", "error"]))
     arguments = [tiny.policy_file, tiny.checkpoint_dir, str(stock_port), str(NUM_STEPS), model]
     server = stack.enter_context(running([sys.executable, HERE / "stock" / "server.py", *arguments]))
     assert server.stdout is not None

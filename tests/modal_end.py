@@ -1,6 +1,7 @@
 """One end of QUIC by the portal, for a process in a network namespace: `python -m tests.modal_end serve|test STORE`.
 
-STORE is a folder that stands for the Modal Dict, one file of JSON for each key.
+STORE is a folder that stands for the Modal Dict, one file of JSON for each key; what is put there is told on standard
+output.
 """
 
 import argparse
@@ -22,15 +23,13 @@ class FolderStore:
     def _path(self, key: str) -> Path:
         return self._folder / quote(key, safe="")
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        new = self._folder / f".{quote(key, safe='')}"
-        new.write_text(json.dumps(value))
-        new.rename(self._path(key))
-
     def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:
         if skip_if_exists and self._path(key).exists():
             return False
-        self[key] = value
+        new = self._folder / f".{quote(key, safe='')}"
+        new.write_text(json.dumps(value))
+        new.rename(self._path(key))
+        print(f"stored {key}", flush=True)
         return True
 
     def get(self, key: str, default: Any = None) -> Any:

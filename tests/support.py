@@ -57,10 +57,14 @@ class Engine:
     def wait_for(self, pattern: str | re.Pattern[str], *, count: int = 1, timeout_s: float = 120) -> None:
         """Waits until so many lines of the log match."""
         deadline = time.monotonic() + timeout_s
-        while sum(bool(re.search(pattern, line)) for line in self.log) < count:
+        while self.count(pattern) < count:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise AssertionError(f"fewer than {count} of {pattern!r} in the log:\n" + "\n".join(self.log))
             time.sleep(0.02)
+
+    def count(self, pattern: str | re.Pattern[str]) -> int:
+        """How many lines of the log match."""
+        return sum(bool(re.search(pattern, line)) for line in self.log)
 
     def fingerprint(self) -> str:
         """Of the edge's certificate, once its log says so."""
@@ -70,13 +74,27 @@ class Engine:
 
     def child_pid(self, module: str) -> int:
         """The process that runs a service, e.g. `openpi_flash_action`."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if module in Path(f"/proc/{pid}/cmdline").read_text())
+        return next(pid for pid in self._children() if module in Path(f"/proc/{pid}/cmdline").read_text())
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to it and to all that it runs, as when a machine is switched off."""
+        children = self._children()
+        self.process.kill()
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _children(self) -> list[int]:
+        if self.process.poll() is not None:
+            return []
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
 
 
 def start_engine(
@@ -125,31 +143,6 @@ def start_engine(
     settings["gateway"] = own_gateway | (gateway or {})
     settings["telemetry"] = telemetry or {}
     return _start(settings, directory / "settings.json", f"{sockets}/state", environment or {})
-
-
-def small_settings(tiny: TinyPolicy, directory: Path) -> dict[str, Any]:
-    """Settings of a tiny policy on free ports, warm after one shape, for engines that a test starts in its own way.
-
-    Args:
-        directory: for the edge's socket.
-    """
-    ports = iter(free_ports(4))
-    return {
-        "action": {
-            "model_config_name": str(tiny.policy_file),
-            "checkpoint_dir": str(tiny.checkpoint_dir),
-            "precision": "float32",
-            "max_batch_size": 1,
-            "warm_up": {"prompt_buckets": [64]},
-            "grpc_port": next(ports),
-        },
-        "action_transport": {
-            "websocket_port": next(ports),
-            "quic_port": next(ports),
-            "unix_socket_path": str(directory / "s"),
-        },
-        "gateway": {"host": "127.0.0.1", "grpc_port": next(ports), "admin": None},
-    }
 
 
 def start_engine_again(engine: Engine, gateway: dict[str, Any]) -> Engine:

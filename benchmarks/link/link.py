@@ -19,7 +19,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -303,7 +303,8 @@ def _remove_leftovers() -> None:
 
 def _delete_namespace(name: str) -> None:
     for pid in _ip("netns", "pids", name).split():
-        os.kill(int(pid), signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended since it was listed
+            os.kill(int(pid), signal.SIGKILL)
     _ip("netns", "delete", name)
 
 

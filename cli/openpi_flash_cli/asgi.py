@@ -7,6 +7,7 @@ gateway listens on besides (gRPC, WebSocket, the operators' HTTP) is as configur
 """
 
 import asyncio
+import logging
 import os
 import signal
 
@@ -17,6 +18,8 @@ from openpi_flash_gateway.gateway import Gateway
 
 from openpi_flash_cli.serve import service
 from openpi_flash_cli.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 
 def application(settings: EngineSettings | None = None) -> "Engine":
@@ -61,12 +64,18 @@ class Engine:
         serving = asyncio.ensure_future(gateway.run_until_stopped())
         await send({"type": "lifespan.startup.complete"})
         shutdown = asyncio.ensure_future(receive())
-        await asyncio.wait({services, shutdown}, return_when=asyncio.FIRST_COMPLETED)
-        if services.done():  # a service that cannot run at all, which it has said: nor can this process
+        await asyncio.wait({services, serving, shutdown}, return_when=asyncio.FIRST_COMPLETED)
+        if not shutdown.done():  # a service that cannot run at all, which it has said, or the gateway: nor can the rest
             os.kill(os.getpid(), signal.SIGTERM)
             await shutdown
         gateway.stop()
-        await serving
+        (of_gateway,) = await asyncio.gather(serving, return_exceptions=True)
         supervisor.stop()
-        await services
-        await send({"type": "lifespan.shutdown.complete"})
+        (of_services,) = await asyncio.gather(services, return_exceptions=True)
+        faults = [fault for fault in (of_gateway, of_services) if isinstance(fault, BaseException)]
+        for fault in faults:
+            logger.error("the engine failed", exc_info=fault)
+        if faults:
+            await send({"type": "lifespan.shutdown.failed", "message": str(faults[0])})
+        else:
+            await send({"type": "lifespan.shutdown.complete"})

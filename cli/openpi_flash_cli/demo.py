@@ -2,22 +2,21 @@
 
 import argparse
 import json
-import signal
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from openpi_flash_cli.scene import camera_picture
+from openpi_flash_cli.serve import serving
+
+if TYPE_CHECKING:
+    from openpi_flash_cli.tiny import TinyPolicy
 
 STARTUP_TIMEOUT_S = 180.0
 CONTROL_HZ = 10
@@ -51,9 +50,20 @@ def write_settings(directory: Path) -> tuple[Path, int]:
     """
     from openpi_flash_cli.tiny import make_tiny_policy
 
-    tiny = make_tiny_policy(directory)
+    settings = small_settings(make_tiny_policy(directory), directory)
+    path = directory / "settings.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    return path, settings["gateway"]["grpc_port"]
+
+
+def small_settings(tiny: "TinyPolicy", directory: Path) -> dict[str, Any]:
+    """Settings of a tiny policy on free ports of loopback, warm after one shape.
+
+    Args:
+        directory: for the edge's socket.
+    """
     grpc_port, action_port, websocket_port, quic_port = free_ports(4)
-    settings: dict[str, Any] = {
+    return {
         "action": {
             "model_config_name": str(tiny.policy_file),
             "checkpoint_dir": str(tiny.checkpoint_dir),
@@ -64,26 +74,11 @@ def write_settings(directory: Path) -> tuple[Path, int]:
         },
         "action_transport": {
             "websocket_port": websocket_port,
-            "quic_port": quic_port,
-            "unix_socket_path": str(directory / "openpi-action.sock"),
+            "quic_port": quic_port,  # free for TCP, and so most likely for UDP
+            "unix_socket_path": str(directory / "action.sock"),
         },
         "gateway": {"host": "127.0.0.1", "grpc_port": grpc_port, "admin": None},
     }
-    path = directory / "settings.json"
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-    return path, grpc_port
-
-
-@contextmanager
-def serving(settings_file: Path) -> Iterator[None]:
-    """Runs `openpi-flash serve` in a process of its own, and stops it in order."""
-    command = [sys.executable, "-m", "openpi_flash_cli", "serve", "--config", str(settings_file)]
-    process = subprocess.Popen(command)  # noqa: S603 - our own program
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
 
 
 def drive(console: Console, grpc_port: int, calls: int) -> None:

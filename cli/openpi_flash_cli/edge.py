@@ -45,12 +45,11 @@ def edge_program(settings: EngineSettings, binary: Path, directory: Path) -> Pro
         SettingsError: there is no token where tokens are asked for, or their file cannot be read.
     """
     gateway, telemetry = settings.gateway, settings.telemetry
-    host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
     argv = [str(binary), "--log-format", settings.log.format, "server"]
     for slot in settings.slots:
         transport = settings.action_transport if slot == "action" else settings.planner_transport
         argv += [f"--{slot}-upstream", f"unix:{transport.unix_socket_path}"]
-        argv += [f"--{slot}-listen", f"{host}:{transport.quic_port}"]
+        argv += [f"--{slot}-listen", _address(gateway.host, transport.quic_port)]
     argv += ["--max-message-bytes", str(min(gateway.max_message_bytes, 64 << 20))]
     argv += ["--max-in-flight", str(gateway.max_in_flight), "--default-timeout-ms", str(gateway.default_timeout_ms)]
     if gateway.tls is not None:
@@ -63,11 +62,15 @@ def edge_program(settings: EngineSettings, binary: Path, directory: Path) -> Pro
         tokens.write_text("".join(f"{token}\n" for token in sorted(gateway.auth.load_tokens())))
         argv += ["--tokens-file", str(tokens), "--upstream-token-file", str(tokens)]
     if telemetry.metrics:
-        argv += ["--metrics-listen", f"{telemetry.metrics_host}:{telemetry.edge_metrics_port}"]
+        argv += ["--metrics-listen", _address(telemetry.metrics_host, telemetry.edge_metrics_port)]
     if telemetry.otlp_endpoint is not None:
         argv += ["--otlp-endpoint", telemetry.otlp_endpoint]
         argv += ["--trace-sample-ratio", str(telemetry.trace_sample_ratio)]
     return Program("edge", tuple(argv))
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def main() -> NoReturn:

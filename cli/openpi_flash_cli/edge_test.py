@@ -33,6 +33,8 @@ def test_each_slot_has_its_port_and_its_socket(tmp_path):
     assert "--action-upstream" not in alone
     assert alone["--planner-listen"] == "0.0.0.0:5556"
     assert alone["--metrics-listen"] == "127.0.0.1:9093"
+    ipv6 = options(tmp_path, planner=PLANNER, telemetry={"metrics": True, "metrics_host": "::1"})
+    assert ipv6["--metrics-listen"] == "[::1]:9093"
 
 
 def test_traces_go_where_those_of_the_services_go(tmp_path):

@@ -15,6 +15,7 @@ from openpi_flash_cli import modal_host
 from openpi_flash_cli.scene import camera_picture
 
 if TYPE_CHECKING:
+    from openpi_flash_client.portal import Store
     from openpi_flash_client.remote import RemotePolicy
 
 TIMED_CALLS = 5
@@ -215,7 +216,7 @@ def _time_modal_quic(arguments: argparse.Namespace) -> Calls:
         return _time_quic(_with(arguments, token=_token(arguments, store), **there))
 
 
-def _token(arguments: argparse.Namespace, store: Any) -> str | None:
+def _token(arguments: argparse.Namespace, store: "Store") -> str | None:
     return arguments.token or store.get(modal_host.TOKEN_KEY)
 
 

@@ -9,20 +9,20 @@ import hashlib
 import json
 import os
 import secrets
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from openpi_flash_client import portal
 from openpi_flash_common.settings import EngineSettings, SettingsError, TransportSettings, load_settings
+
+from openpi_flash_cli.serve import serving
 
 DICT = "openpi-flash"
 """Name of the Dict unless OPENPI_MODAL_DICT names another."""
@@ -42,7 +42,7 @@ def dict_name() -> str:
     return os.environ.get("OPENPI_MODAL_DICT") or DICT
 
 
-def open_dict(name: str | None) -> Any:
+def open_dict(name: str | None) -> portal.Store:
     """The Modal Dict of that name; None: of the usual one.
 
     Raises:
@@ -60,7 +60,7 @@ def open_dict(name: str | None) -> Any:
         raise SettingsError(f"the Modal Dict {name}: {error}") from error
 
 
-def require_token(store: Any) -> None:
+def require_token(store: portal.Store) -> None:
     """Has the gateway ask for the token in the store, which is made there first, unless tokens are configured.
 
     For the whole process and its children, before settings are loaded: what Modal serves is on the internet.
@@ -70,7 +70,7 @@ def require_token(store: Any) -> None:
         os.environ[AUTH_VARIABLE] = json.dumps({"tokens": [store.get(TOKEN_KEY)]})
 
 
-def serve_tunnel(store: Any, forward: Forward) -> int:
+def serve_tunnel(store: portal.Store, forward: Forward) -> int:
     """Runs the engine behind two tunnels, WebSocket's and gRPC's, and publishes where they lead to.
 
     Returns:
@@ -80,19 +80,19 @@ def serve_tunnel(store: Any, forward: Forward) -> int:
     settings = load_settings()
     port = _transport(settings).websocket_port
     with (
-        _engine() as engine,
+        serving() as engine,
         forward(port) as websocket,
         forward(settings.gateway.grpc_port, h2_enabled=True) as grpc,
     ):
         _wait_listening(port, engine)
-        store[TUNNEL_KEY] = {"websocket": websocket.url.replace("http", "ws", 1), "grpc": list(grpc.tls_socket)}
+        store.put(TUNNEL_KEY, {"websocket": websocket.url.replace("http", "ws", 1), "grpc": list(grpc.tls_socket)})
         try:
             return engine.wait()
         finally:
             store.pop(TUNNEL_KEY, None)
 
 
-def serve_quic(store: Any, stun_servers: Any = portal.STUN_SERVERS) -> int:
+def serve_quic(store: portal.Store, stun_servers: Sequence[portal.Address] | None = None) -> int:
     """Runs the engine with its QUIC edge, and joins robots to the edge through NAT.
 
     QUIC_RELAY_IP (an address, `:port` may follow) names a relay, QUIC_RELAY_KEY is its key, and with QUIC_RELAY_ONLY=1
@@ -108,7 +108,7 @@ def serve_quic(store: Any, stun_servers: Any = portal.STUN_SERVERS) -> int:
     require_token(store)
     settings = load_settings()
     stop = threading.Event()
-    with _engine() as engine:
+    with serving() as engine:
 
         def watch() -> None:
             engine.wait()
@@ -140,16 +140,6 @@ def relay_from(environ: Any) -> dict[str, Any]:
         raise SettingsError("QUIC_RELAY_KEY: not set; it is the key that the relay was started with")
     address = (host, int(port or portal.RELAY_PORT)) if host else None
     return {"relay": address, "relay_only": is_only, "relay_key": key}
-
-
-@contextlib.contextmanager
-def _engine() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-m", "openpi_flash_cli", "serve"])
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
 
 
 def _wait_listening(port: int, engine: subprocess.Popen[bytes]) -> None:

@@ -3,8 +3,12 @@
 import argparse
 import asyncio
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from openpi_flash_common.settings import EngineSettings, load_settings
@@ -26,6 +30,23 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ["INFERENCE_CONFIG_PATH"] = str(arguments.config.resolve())
     with tempfile.TemporaryDirectory(prefix="openpi-flash-") as private:
         return asyncio.run(Supervisor(programs(settings, Path(private))).run())
+
+
+@contextmanager
+def serving(settings_file: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `openpi-flash serve` in a process of its own, and stops it in order.
+
+    Args:
+        settings_file: None: as INFERENCE_CONFIG_PATH and the environment say.
+    """
+    command = [sys.executable, "-m", "openpi_flash_cli", "serve"]
+    command += [] if settings_file is None else ["--config", str(settings_file)]
+    process = subprocess.Popen(command)  # noqa: S603 - our own program
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 def programs(settings: EngineSettings, directory: Path) -> list[Program]:

@@ -6,16 +6,15 @@ import dataclasses
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from openpi_flash_cli import latency, modal_host
+from openpi_flash_cli.demo import small_settings
+from openpi_flash_client import portal
 from openpi_flash_client.portal import Relay
 from openpi_flash_client.portal_test import Store
-
-from tests.support import small_settings
 
 Run = Callable[..., Store]
 
@@ -50,26 +49,22 @@ def run(tiny_policies, tmp_path, monkeypatch) -> Iterator[Run]:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv(modal_host.AUTH_VARIABLE, "")
     store, results, engines = Store(), [], []
-    start_engine = modal_host._engine
+    serving = modal_host.serving
 
     @contextlib.contextmanager
-    def engine() -> Iterator[Any]:
-        with start_engine() as process:
+    def recorded() -> Iterator[Any]:
+        with serving() as process:
             engines.append(process)
             yield process
 
-    monkeypatch.setattr(modal_host, "_engine", engine)
+    monkeypatch.setattr(modal_host, "serving", recorded)
     monkeypatch.setattr(modal_host, "open_dict", lambda name: store)
     threads = []
 
     def start(serve: Callable[..., int], key: str, *arguments: Any, **options: Any) -> Store:
         threads.append(threading.Thread(target=lambda: results.append(serve(store, *arguments, **options))))
         threads[-1].start()
-        deadline = time.monotonic() + 60
-        while key not in store:
-            assert time.monotonic() < deadline
-            assert threads[-1].is_alive()
-            time.sleep(0.05)
+        store.wait_for(lambda: key in store)
         return store
 
     yield start
@@ -111,7 +106,7 @@ def test_quic_by_a_relay_alone(run, capsys, monkeypatch):
 
 
 def test_quic_directly(run, capsys, monkeypatch):
-    monkeypatch.setattr("openpi_flash_client.portal.STUN_SERVERS", ())
+    monkeypatch.setattr(portal, "STUN_SERVERS", ())
     run(modal_host.serve_quic, "quic", stun_servers=())
     assert "path to the server: direct" in times(capsys, "modal-quic", "--timeout", "100")
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openpi_flash_cli.demo import small_settings
 
 from benchmarks.link.link import Link, Namespace, Network, unavailable
-from tests.modal_end import FolderStore
-from tests.support import small_settings
 
 PORT = "3479"
 
@@ -51,10 +50,9 @@ def test_takes_a_direct_path_where_there_is_one_and_else_the_relay(
         relay = [sys.executable, "-m", "openpi_flash_client.portal", f"{second.server_address}:{PORT}"]
         middle.start(relay, env=environment)
         end = [sys.executable, "-m", "tests.modal_end"]
-        server = container.start([*end, "serve", folder], env=environment)
-        store = FolderStore(folder)
-        while store.get("quic") is None:
-            assert server.poll() is None
+        server = container.start([*end, "serve", folder], env=environment, stdout=subprocess.PIPE)
+        assert server.stdout is not None
+        assert "stored quic\n" in iter(server.stdout.readline, ""), "the server has ended"
         test = robot.start([*end, "test", folder], env=environment, stdout=subprocess.PIPE)
         output, _ = test.communicate(timeout=150)
         server.send_signal(signal.SIGINT)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openpi_flash_cli.demo import free_ports
+from openpi_flash_cli.demo import free_ports, small_settings
 from openpi_flash_cli.tiny import TinyPolicy
 from openpi_flash_models.load import load_policy
 from openpi_flash_models.policy_configs import load_policy_config
 
 from tests.interop.robots import robots
-from tests.support import small_settings
 
 
 @pytest.fixture

@@ -6,19 +6,22 @@ takes over, its first steps lie in the past: they are left out, one for each cal
 
 import asyncio
 import concurrent.futures
-import contextlib
+import copy
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from openpi_flash_client.errors import PolicyTimeoutError
 from openpi_flash_client.waiting import at_once, run
 
 HORIZON_VARIABLE = "OPENPI_OPEN_LOOP_HORIZON"
 
-Infer = Callable[[Mapping[str, Any]], dict[str, Any]]
-InferAsync = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+Infer = Callable[[Mapping[str, Any], float], dict[str, Any]]
+"""Gives a chunk for an observation before a deadline, a moment of `time.monotonic`."""
+InferAsync = Callable[[Mapping[str, Any], float], Awaitable[dict[str, Any]]]
 
 _Future = concurrent.futures.Future[dict[str, Any]] | asyncio.Future[dict[str, Any]]
 
@@ -62,35 +65,37 @@ class ActionChunks:
         self._age = 0  # calls since the next chunk was asked for
         self._prompt: Any = None
 
-    def infer(self, observation: Mapping[str, Any], ask: Infer) -> dict[str, Any]:
+    def infer(self, observation: Mapping[str, Any], ask: Infer, timeout_s: float) -> dict[str, Any]:
         """The answer of one step: `actions` is a row of the chunk; everything else is as it came with the chunk.
 
         A changed prompt drops the chunk, for it belongs to another task.
 
         Args:
-            observation: of this step.
-            ask: gives a chunk for an observation; also called in another thread.
+            observation: of this step; the caller may overwrite its arrays afterwards.
+            ask: gives a chunk; also called in another thread.
+            timeout_s: time that this call may take, and a chunk that is asked for ahead.
 
         Raises:
             ValueError: the policy's chunks are shorter than the horizon.
+            PolicyTimeoutError: a chunk that was asked for ahead has not come in this call's time.
             PolicyError: there is no chunk, and why.
         """
 
-        def begin(later: Mapping[str, Any]) -> _Future:
+        def begin(later: Mapping[str, Any], deadline: float) -> _Future:
             assert self._executor is not None  # noqa: S101 - there is a prefetch
-            return self._executor.submit(ask, later)
+            return self._executor.submit(ask, later, deadline)
 
-        return run(self._infer(observation, at_once(ask), begin, _result))
+        return run(self._infer(observation, at_once(ask), timeout_s, begin, at_once(concurrent.futures.wait)))
 
-    async def infer_async(self, observation: Mapping[str, Any], ask: InferAsync) -> dict[str, Any]:
+    async def infer_async(self, observation: Mapping[str, Any], ask: InferAsync, timeout_s: float) -> dict[str, Any]:
         """`infer` for an event loop: the next chunk is asked for in a task of its own."""
 
-        def begin(later: Mapping[str, Any]) -> _Future:
-            task = asyncio.ensure_future(ask(later))
+        def begin(later: Mapping[str, Any], deadline: float) -> _Future:
+            task = asyncio.ensure_future(ask(later, deadline))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # then it is asked for again
             return task
 
-        return await self._infer(observation, ask, begin, _wait)
+        return await self._infer(observation, ask, timeout_s, begin, asyncio.wait)
 
     def reset(self) -> None:
         """Drops the chunk, and the one that was asked for."""
@@ -108,47 +113,52 @@ class ActionChunks:
         self,
         observation: Mapping[str, Any],
         ask: InferAsync,
-        begin: Callable[[Mapping[str, Any]], _Future],
-        result: Callable[[Any], Awaitable[dict[str, Any]]],
+        timeout_s: float,
+        begin: Callable[[Mapping[str, Any], float], _Future],
+        wait: Callable[..., Awaitable[object]],
     ) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
         prompt = observation.get("prompt")
         if not _equal(prompt, self._prompt):
             self.reset()
             self._prompt = prompt
         if self._chunk is None or self._step >= self._end:
-            await self._take_over(observation, ask, result)
+            await self._take_over(observation, ask, deadline, wait)
         chunk, step = self._chunk, self._step
         assert chunk is not None  # noqa: S101 - taken over above, or raised
         self._step += 1
         if self._next is not None:
             self._age += 1
         elif self._prefetch and self._step >= self._end - self._prefetch:
-            self._next = begin(dict(observation))
+            self._next = begin(copy.deepcopy(dict(observation)), time.monotonic() + timeout_s)
             self._age = 1
         return {**chunk, "actions": chunk["actions"][step]}
 
     async def _take_over(
-        self, observation: Mapping[str, Any], ask: InferAsync, result: Callable[[Any], Awaitable[dict[str, Any]]]
+        self,
+        observation: Mapping[str, Any],
+        ask: InferAsync,
+        deadline: float,
+        wait: Callable[..., Awaitable[object]],
     ) -> None:
         asked, self._next, self._chunk = self._next, None, None
         chunk, first = None, 0
         if asked is not None:
-            with contextlib.suppress(Exception):  # asked for again, now, and then it is the caller's
-                chunk, first = await result(asked), self._age
+            try:
+                if not asked.done():
+                    await wait([asked], timeout=max(0.0, deadline - time.monotonic()))
+                if not asked.done():
+                    raise PolicyTimeoutError("no answer in time to the request for the next chunk")
+            finally:
+                asked.cancel()
+            if not asked.cancelled() and asked.exception() is None:  # else it is asked for again, and is the caller's
+                chunk, first = asked.result(), self._age
         if chunk is None or first >= len(chunk["actions"]):
-            chunk, first = await ask(observation), 0
+            chunk, first = await ask(observation, deadline), 0
         length = len(chunk["actions"])
         if self._horizon > length:
             raise ValueError(f"open_loop_horizon: {self._horizon}; the policy's chunks have {length} steps")
         self._chunk, self._step, self._end = chunk, first, min(first + self._horizon, length)
-
-
-async def _result(asked: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
-    return asked.result()
-
-
-async def _wait(asked: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
-    return await asked
 
 
 def _equal(one: Any, other: Any) -> bool:

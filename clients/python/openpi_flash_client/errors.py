@@ -71,6 +71,11 @@ def from_status(code: int, message: str, field: str = "") -> PolicyError:
     return _BY_CODE.get(name, PolicyError)(message, field=field, code=name)
 
 
+def closed_error() -> PolicyError:
+    """The exception for a call of a policy that has been closed."""
+    return PolicyError("the policy is closed", code="CANCELLED")
+
+
 def from_rpc_error(error: grpc.RpcError) -> PolicyError:
     """The exception for a failed gRPC call."""
     call: Any = error  # what gRPC raises is the call, too

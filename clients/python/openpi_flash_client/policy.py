@@ -9,7 +9,7 @@ import grpc
 from openpi_flash.v1 import inference_pb2
 
 from openpi_flash_client.channel import open_channel
-from openpi_flash_client.errors import PolicyError, PolicyTimeoutError, from_rpc_error, from_status
+from openpi_flash_client.errors import PolicyError, PolicyTimeoutError, closed_error, from_rpc_error, from_status
 from openpi_flash_client.pictures import prepare
 from openpi_flash_client.remote import ANSWERS, Call, RemotePolicy
 from openpi_flash_client.stream import Deadlines, LostError, Stream
@@ -157,7 +157,7 @@ class GrpcPolicy(RemotePolicy):
 
     def _open(self) -> Stream:
         if self._closed:
-            raise PolicyError("the policy is closed")
+            raise closed_error()
         return Stream(self._stream_method, self._metadata)
 
     def _count_lost(self) -> None:

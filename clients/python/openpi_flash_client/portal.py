@@ -1,6 +1,6 @@
 """UDP between a robot and a server that are both behind NAT. Experimental.
 
-Both ends know a store, such as a Modal Dict. A robot leaves its addresses there, the server answers with its own, and
+Both ends know a Store, such as a Modal Dict. A robot leaves its addresses there, the server answers with its own, and
 both send to all of the other's addresses until something gets through (hole punching). Where nothing does, or where it
 is asked for, both go through a relay. What travels is the QUIC of robot and server, packet by packet, unread: the
 robot checks the server's certificate by the fingerprint in the store, so that a relay can delay and drop, no more.
@@ -26,8 +26,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self
 
 from openpi_flash_client.errors import UnavailableError
 
@@ -49,12 +49,33 @@ _SILENT_S = 12.0  # four keepalives without an answer
 _DIRECT_FIRST_S = 2.0  # how long a relay waits for a direct path
 _JOIN_TIMEOUT_S = 30.0
 _POLL_S = 0.5
+_CLOSE_TIMEOUT_S = 5.0
 _MAX_PEERS = 64
 _MAX_PAIRS = 1024
 _MAX_DATAGRAM = 1 << 16
 _BURST = 64
 
 logger = logging.getLogger(__name__)
+
+
+class Store(Protocol):
+    """What both ends know: a Modal Dict, or anything with these of its methods. Any of them may raise, of any kind."""
+
+    def get(self, key: str) -> Any:
+        """The value; None: there is none."""
+
+    def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:
+        """Keeps a value, which JSON could hold, in place of the one before, for both ends to see.
+
+        Returns:
+            False: there is one, and it was to be skipped.
+        """
+
+    def pop(self, key: str, default: Any) -> Any:
+        """Takes a value out; the default where there is none."""
+
+    def keys(self) -> Iterable[str]:
+        """Of all the values; may ask for more of them while they are gone through."""
 
 
 class Portal:
@@ -67,30 +88,33 @@ class Portal:
 
     def __init__(
         self,
-        store: Any,
+        store: Store,
         *,
-        stun_servers: Sequence[Address] = STUN_SERVERS,
+        stun_servers: Sequence[Address] | None = None,
         connect_timeout_s: float = 20.0,
     ) -> None:
         """Joins, and waits for a path.
 
         Args:
-            store: what the server publishes itself in; get, put, pop and keys as a Modal Dict has them.
-            stun_servers: asked for this robot's address outside; none: only its own addresses are tried.
+            store: what the server publishes itself in.
+            stun_servers: asked for this robot's address outside; none: only its own addresses are tried. None:
+                STUN_SERVERS.
 
         Raises:
-            UnavailableError: no server in the store, or no path to it within the timeout.
+            UnavailableError: no server in the store, no path to it within the timeout, or the store fails for as long.
         """
-        server = store.get(SERVER_KEY)
+        self._closed = threading.Event()
+        deadline = time.monotonic() + connect_timeout_s
+        server = _insist(self._closed, deadline, store.get, SERVER_KEY)
         if server is None:
             raise UnavailableError("no QUIC server has published itself; is the app running?")
         self.fingerprint: str = server["fingerprint"]
-        self._store, self._stun_servers = store, stun_servers
+        self._store = store
+        self._stun_servers = STUN_SERVERS if stun_servers is None else stun_servers
         self._local = _udp_socket("127.0.0.1")
         self.port: int = self._local.getsockname()[1]
-        self._closed = threading.Event()
         try:
-            self._leg = self._join(server, connect_timeout_s)
+            self._leg = self._join(server, deadline)
         except BaseException:
             self._local.close()
             raise
@@ -103,9 +127,9 @@ class Portal:
         return self._leg.describe()
 
     def close(self) -> None:
-        """Ends the portal."""
+        """Ends the portal. A store that does not answer is not waited for."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_TIMEOUT_S)
         self._local.close()
 
     def __enter__(self) -> Self:
@@ -116,41 +140,51 @@ class Portal:
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            _pump(self._leg, self._local, None, self._closed)
-            self._leg.socket.close()
-            while not self._closed.is_set():
-                try:
-                    self._leg = self._join(self._store.get(SERVER_KEY), _JOIN_TIMEOUT_S)
-                    break
-                except Exception as error:  # of the store's kind, too: it is tried again for as long as there is a user
-                    logger.warning("no path to the server: %s", error)
-                    self._closed.wait(_POLL_S)
+            try:
+                with contextlib.closing(self._leg.socket):
+                    _pump(self._leg, self._local, None, self._closed)
+            except Exception as error:
+                logger.warning("the path to the server is lost: %r", error)
+            self._join_again()
 
-    def _join(self, server: dict[str, Any] | None, timeout_s: float) -> "_Leg":
+    def _join_again(self) -> None:
+        while not self._closed.is_set():
+            deadline = time.monotonic() + _JOIN_TIMEOUT_S
+            try:
+                self._leg = self._join(_insist(self._closed, deadline, self._store.get, SERVER_KEY), deadline)
+            except Exception as error:  # whatever it is: tried again for as long as there is a user
+                logger.warning("no path to the server: %s", error)
+                self._closed.wait(_POLL_S)
+            else:
+                if self._closed.is_set():
+                    self._leg.socket.close()
+                return
+
+    def _join(self, server: dict[str, Any] | None, deadline: float) -> "_Leg":
         if server is None:
             raise UnavailableError("the QUIC server is gone")
-        relay = tuple(server["relay"]) if server["relay"] else None
+        relay = _find_relay(server["relay"], relay_only=server["relay_only"])
         leg = _Leg(0, secrets.token_bytes(_ID_BYTES), secrets.token_bytes(32), relay, server["relay_key"])
-        name, deadline = leg.id.hex(), time.monotonic() + timeout_s
+        join, answer = JOIN + leg.id.hex(), ANSWER + leg.id.hex()
         try:
             addresses = [] if server["relay_only"] else _candidates(leg.socket, self._stun_servers)
-            self._store[JOIN + name] = {"key": leg.key.hex(), "addresses": addresses}
-            while (answer := self._store.get(ANSWER + name)) is None:
+            value = {"key": leg.key.hex(), "addresses": addresses}
+            _insist(self._closed, deadline, self._store.put, join, value)
+            while (answered := _insist(self._closed, deadline, self._store.get, answer)) is None:
                 if time.monotonic() > deadline or self._closed.wait(_POLL_S / 5):
                     raise UnavailableError("the QUIC server does not answer in the store")
-            leg.candidates = [tuple(address) for address in answer["addresses"]]
-            leg.wait_for_path(deadline, 0 if server["relay_only"] else _DIRECT_FIRST_S)
+            leg.candidates = [tuple(address) for address in answered["addresses"]]
+            leg.wait_for_path(self._closed, deadline, 0 if server["relay_only"] else _DIRECT_FIRST_S)
         except BaseException:
             leg.socket.close()
             raise
         finally:
-            for key in (JOIN + name, ANSWER + name):
-                self._store.pop(key, None)
+            _forget(self._store, join, answer)
         return leg
 
 
 def serve(
-    store: Any,
+    store: Store,
     upstream: Address,
     fingerprint: str,
     stop: threading.Event,
@@ -158,40 +192,54 @@ def serve(
     relay: Address | None = None,
     relay_only: bool = False,
     relay_key: str = "",
-    stun_servers: Sequence[Address] = STUN_SERVERS,
+    stun_servers: Sequence[Address] | None = None,
 ) -> None:
     """The server's end: publishes itself, and joins robots to the QUIC edge at `upstream`, until `stop`.
 
+    A store that fails is asked again; robots that have been joined do not need it.
+
     Args:
         fingerprint: of the edge's certificate.
+        stop: ends this; set, too, when something else has ended it.
         relay: where a relay runs; None: direct paths alone.
         relay_only: do not try direct paths.
         relay_key: shared by the relay and its users; robots read it in the store.
+        stun_servers: as of Portal.
     """
-    store[SERVER_KEY] = {
+    server = {
         "fingerprint": fingerprint,
         "relay": relay and list(relay),
         "relay_only": relay_only,
         "relay_key": relay_key,
     }
+    stun_servers = STUN_SERVERS if stun_servers is None else stun_servers
     threads: list[threading.Thread] = []
+    is_published = False
     try:
-        while not stop.wait(_POLL_S):
+        while not stop.is_set():
             threads = [thread for thread in threads if thread.is_alive()]
-            for key in [key for key in store.keys() if key.startswith(JOIN)]:  # noqa: SIM118 - a Modal Dict is no dict
-                join = store.pop(key, None)
-                if join is None or len(threads) >= _MAX_PEERS:
-                    continue
-                leg = _Leg(1, bytes.fromhex(key.removeprefix(JOIN)), bytes.fromhex(join["key"]), relay, relay_key)
-                addresses = [] if relay_only else _candidates(leg.socket, stun_servers)
-                leg.candidates = [tuple(address) for address in join["addresses"]]
-                store[ANSWER + leg.id.hex()] = {"addresses": addresses}
-                threads.append(threading.Thread(target=_serve_leg, args=(leg, upstream, stop), daemon=True))
-                threads[-1].start()
+            try:
+                if not is_published:
+                    store.put(SERVER_KEY, server)
+                    is_published = True
+                for key in [key for key in store.keys() if key.startswith(JOIN)]:  # noqa: SIM118 - a Dict is no dict
+                    join = store.pop(key, None)
+                    if join is None or len(threads) >= _MAX_PEERS:
+                        continue
+                    robot = (store, key.removeprefix(JOIN), join, server)
+                    links = {"stun_servers": stun_servers, "upstream": upstream, "stop": stop}
+                    thread = threading.Thread(target=_serve_robot, args=robot, kwargs=links, daemon=True)
+                    thread.start()
+                    threads.append(thread)
+            except Exception as error:  # of the store's own kind
+                logger.warning("the store fails, and is asked again: %r", error)
+            stop.wait(_POLL_S)
     finally:
-        store.pop(SERVER_KEY, None)
+        stop.set()
+        _forget(store, SERVER_KEY)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Relay:
@@ -288,7 +336,7 @@ class _Leg:
         # What is larger than the path takes is dropped, so that QUIC finds the size that is not.
         self.socket.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
         self.candidates: list[Address] = []
-        self.relay = None if relay is None else (socket.gethostbyname(relay[0]), relay[1])
+        self.relay = relay
         self._relay_key, self._cookie = relay_key.encode(), bytes(_COOKIE_BYTES)
         self._seen: dict[Address, float] = {}  # when an address last answered
         self._heard: set[Address] = set()  # addresses that showed the key
@@ -297,15 +345,15 @@ class _Leg:
         self.reply_to: Address | None = None
 
     def path(self) -> Address | None:
-        """Where to send: a direct address that answers, or else the relay, if it does."""
-        fresh = [address for address, seen in self._seen.items() if time.monotonic() - seen < _SILENT_S]
+        """Where to send: a direct address that answers, or else the relay, if it does. For any thread."""
+        fresh = [address for address, seen in list(self._seen.items()) if time.monotonic() - seen < _SILENT_S]
         return next((address for address in fresh if address != self.relay), fresh[0] if fresh else None)
 
     def describe(self) -> str:
         path = self.path()
         return "none" if path is None else "relay" if path == self.relay else "direct"
 
-    def wait_for_path(self, deadline: float, direct_first_s: float) -> None:
+    def wait_for_path(self, stop: threading.Event, deadline: float, direct_first_s: float) -> None:
         started = time.monotonic()
         while True:
             self.tick()
@@ -314,9 +362,8 @@ class _Leg:
             path, now = self.path(), time.monotonic()
             if path is not None and (path != self.relay or now - started >= direct_first_s):
                 return
-            if now > deadline:
+            if now > deadline or stop.wait(0.01):
                 raise UnavailableError("no datagram gets through to the QUIC server, neither directly nor by a relay")
-            time.sleep(0.01)
 
     def tick(self) -> None:
         """Sends what is due: punches, keepalives, and the relay's hello."""
@@ -371,9 +418,67 @@ class _Leg:
             self.socket.sendto(data, address)
 
 
-def _serve_leg(leg: _Leg, upstream: Address, stop: threading.Event) -> None:
-    with contextlib.closing(leg.socket), _udp_socket("127.0.0.1") as local:
-        _pump(leg, local, upstream, stop)
+def _serve_robot(
+    store: Store,
+    name: str,
+    join: dict[str, Any],
+    server: dict[str, Any],
+    *,
+    stun_servers: Sequence[Address],
+    upstream: Address,
+    stop: threading.Event,
+) -> None:
+    """Answers a robot in the store and passes its packets on, in a thread of its own: its faults are no other's."""
+    try:
+        relay = _find_relay(server["relay"], relay_only=server["relay_only"])
+        leg = _Leg(1, bytes.fromhex(name), bytes.fromhex(join["key"]), relay, server["relay_key"])
+        with contextlib.closing(leg.socket), _udp_socket("127.0.0.1") as local:
+            leg.candidates = [tuple(address) for address in join["addresses"]]
+            addresses = [] if server["relay_only"] else _candidates(leg.socket, stun_servers)
+            _insist(stop, time.monotonic() + _SILENT_S, store.put, ANSWER + name, {"addresses": addresses})
+            _pump(leg, local, upstream, stop)
+    except Exception as error:
+        logger.warning("a robot is not served: %r", error)
+
+
+def _insist(stop: threading.Event, deadline: float, operation: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of an operation of the store, which is tried again while it fails.
+
+    Raises:
+        UnavailableError: at the deadline or at `stop` it still fails, and how.
+    """
+    while True:
+        try:
+            return operation(*arguments)
+        except Exception as error:  # of the store's own kind
+            if time.monotonic() > deadline or stop.wait(_POLL_S / 5):
+                raise UnavailableError(f"the store that robot and server share fails: {error!r}") from error
+
+
+def _forget(store: Store, *keys: str) -> None:
+    for key in keys:
+        try:
+            store.pop(key, None)
+        except Exception as error:  # of the store's own kind; what stays there does no harm
+            logger.warning("%s stays in the store: %r", key, error)
+
+
+def _find_relay(relay: Sequence[Any] | None, *, relay_only: bool) -> Address | None:
+    """The relay's number for its name.
+
+    Raises:
+        UnavailableError: it has none, and nothing but the relay is to be tried.
+    """
+    if relay is None:
+        return None
+    host, port = relay
+    try:
+        return socket.gethostbyname(host), port
+    except OSError as error:
+        if relay_only:
+            raise UnavailableError(f"the relay {host} is not found: {error}") from error
+        logger.warning("the relay %s is not found, only direct paths are tried: %s", host, error)
+        return None
 
 
 def _pump(leg: _Leg, local: socket.socket, upstream: Address | None, stop: threading.Event) -> None:

@@ -1,11 +1,12 @@
 """A policy on a server, over QUIC, with the interface of openpi's policies."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpi_flash_client.errors import PolicyError, from_status
+from openpi_flash_client.errors import PolicyError, closed_error, from_status
 from openpi_flash_client.remote import ANSWERS, Call, RemotePolicy, with_options
 
 try:
@@ -112,11 +113,14 @@ class FlashTransportPolicy(RemotePolicy):
         With an open_loop_horizon a policy serves either `infer` or `infer_async`.
         """
         obs = with_options(obs, seed=seed, noise=noise, num_steps=num_steps, mode=mode)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
 
-        async def ask(obs: Mapping[str, Any]) -> dict[str, Any]:
-            return await self._infer_chunk(obs, self._exchange_async, timeout_s, traceparent)
+        async def ask(obs: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+            return await self._infer_chunk(obs, self._exchange_async, limit_s, deadline, traceparent)
 
-        return await (ask(obs) if self._chunks is None else self._chunks.infer_async(obs, ask))
+        if self._chunks is None:
+            return await ask(obs, time.monotonic() + limit_s)
+        return await self._chunks.infer_async(obs, ask, limit_s)
 
     def _exchange(self, call: Call) -> Any:
         try:
@@ -145,7 +149,7 @@ class FlashTransportPolicy(RemotePolicy):
 
     def _error(self, call: Call, error: TransportError) -> PolicyError:
         if self._closed:
-            return PolicyError("the policy is closed")
+            return closed_error()
         code, message, field = error.args
         if not message:
             connection = "" if self._client.connected else "; there is no connection"

@@ -12,7 +12,13 @@ from openpi_flash.v1 import inference_pb2
 
 from openpi_flash_client.chunks import ActionChunks, default_horizon
 from openpi_flash_client.codec import read_metadata, read_response, write_request
-from openpi_flash_client.errors import InvalidArgumentError, PolicyError, PolicyTimeoutError, UnavailableError
+from openpi_flash_client.errors import (
+    InvalidArgumentError,
+    PolicyError,
+    PolicyTimeoutError,
+    UnavailableError,
+    closed_error,
+)
 from openpi_flash_client.pictures import Cameras, PictureError, read_cameras
 from openpi_flash_client.waiting import at_once, run
 
@@ -111,12 +117,15 @@ class RemotePolicy(abc.ABC):
             PolicyError: any other failure; see its subclasses.
         """
         obs = with_options(obs, seed=seed, noise=noise, num_steps=num_steps, mode=mode)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         exchange = at_once(self._exchange)
 
-        def ask(obs: Mapping[str, Any]) -> dict[str, Any]:
-            return run(self._infer_chunk(obs, exchange, timeout_s, traceparent))
+        def ask(obs: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+            return run(self._infer_chunk(obs, exchange, limit_s, deadline, traceparent))
 
-        return ask(obs) if self._chunks is None else self._chunks.infer(obs, ask)
+        if self._chunks is None:
+            return ask(obs, time.monotonic() + limit_s)
+        return self._chunks.infer(obs, ask, limit_s)
 
     def reset(self) -> None:
         """Makes the server forget this robot's session, and drops the chunk whose steps are being served.
@@ -139,7 +148,7 @@ class RemotePolicy(abc.ABC):
         return read_metadata(self._exchange(self._call("GetMetadata", inference_pb2.GetMetadataRequest())))
 
     def close(self) -> None:
-        """Ends the connection, and with it requests in flight."""
+        """Ends the connection, and with it requests in flight, by a PolicyError of code `CANCELLED`."""
         self._closed = True
         if self._chunks is not None:
             self._chunks.close()
@@ -197,15 +206,15 @@ class RemotePolicy(abc.ABC):
 
     def _call(self, method: str, message: Any, pictures: Sequence[Any] = (), timeout_s: float | None = None) -> Call:
         if self._closed:
-            raise PolicyError("the policy is closed")
+            raise closed_error()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         return Call(method, message, pictures, timeout_s, time.monotonic() + timeout_s)
 
     async def _infer_chunk(
-        self, obs: Mapping[str, Any], exchange: "Exchange", timeout_s: float | None, traceparent: str
+        self, obs: Mapping[str, Any], exchange: "Exchange", timeout_s: float, deadline: float, traceparent: str
     ) -> dict[str, Any]:
         message = inference_pb2.InferStreamRequest(traceparent=traceparent)
-        call = self._call("Infer", message, timeout_s=timeout_s)
+        call = self._call("Infer", message, timeout_s=timeout_s)._replace(deadline=deadline)
         if self._cameras_since != self._num_lost:
             try:
                 await self._read_cameras(exchange, call.time_left_s)
