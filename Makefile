@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-terraform images chart
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-pods test-terraform images chart
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -95,11 +95,18 @@ images: ## Container images, tagged TAGS (latest); ACCELERATOR=cuda: JAX for GPU
 chart: ## The Helm chart, as a package in dist/ (helm)
 	helm package deploy/helm/openpi-flash --destination dist
 
-# Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
-test-deploy: test-compose ## Deployments, for real: images and docker-compose.yaml on a Docker engine of this machine
+test-deploy: ## Deployments, for real: the four below. What this machine cannot run says why
+	python3 tests/deploy/all.py
 
-test-compose: .venv/.dev $(STOCK_CLIENT)
-	OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh $(PY) -m pytest -s -x tests/deploy/compose_checks.py
+# A Docker engine that is there is used, or one is started as root; tests/deploy/engine.sh says what is missing.
+WITH_ENGINE = OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh
+test-compose: .venv/.dev $(STOCK_CLIENT) ## Images and docker-compose.yaml on a Docker engine of this machine
+	$(WITH_ENGINE) $(PY) -m pytest -s -x tests/deploy/compose_checks.py
+
+test-pods: .venv/.dev $(STOCK_CLIENT) ## The Helm chart with real pods, on a kubelet of this machine (root, Docker, Go)
+	tests/deploy/kubernetes/have-node.sh
+	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin node
+	KUBERNETES_TOOLS=.cache/kubernetes/bin $(WITH_ENGINE) $(PY) -m pytest -s -x tests/deploy/kubernetes/pods_checks.py
 
 # What stands in for AWS, in an environment of its own. cloud-init, where apt has it, is unpacked there and not installed.
 TERRAFORM_ENV := .cache/terraform-env
