@@ -56,7 +56,7 @@ def images() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def node(images: dict[str, str]) -> Iterator[Node]:
+def node(images: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Node]:
     directory = ROOT / ".cache/deploy/node"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -67,11 +67,11 @@ def node(images: dict[str, str]) -> Iterator[Node]:
             started = time.monotonic()
             node.load_images(*images.values())
             say(f"images brought to it in {time.monotonic() - started:.0f} s")
-            try:
-                yield node
-            except BaseException:
-                print(node.cluster.run("kubectl", "-n", NAMESPACE, "describe", "pods"))
-                raise
+            yield node
+            if request.session.testsfailed:
+                print(kubectl(node.cluster, "describe", "pods"))
+                for pod in node.cluster.get("pods", namespace=NAMESPACE):
+                    print(kubectl(node.cluster, "logs", pod["metadata"]["name"], "--all-containers", "--tail=40"))
     finally:
         shutil.rmtree(directory)
 
@@ -331,7 +331,7 @@ def test_pods_are_ready_when_they_are_warm_and_not_before(node, cluster, images)
         (action,), (gateway,) = pods(cluster, "action"), pods(cluster, "gateway")
         wait_until(lambda: all(is_ready(watch.of(name)[-1]) for name in ("action", "gateway")), "the news of it", 30)
     log = kubectl(cluster, "logs", action["metadata"]["name"], "--timestamps").splitlines()
-    (warm,) = [seconds(line.split()[0]) for line in log if '"Service ready' in line or "Service ready" in line]
+    (warm,) = [seconds(line.split()[0]) for line in log if '"message": "warm"' in line]
     assert [pod for pod in watch.of("action") if runs(pod, "action") and not is_ready(pod)]
     assert [pod for pod in watch.of("gateway") if runs(pod, "gateway") and not is_ready(pod)]
     # Seconds of Kubernetes are whole: the clock of both is the same one.
@@ -379,7 +379,7 @@ def test_containers_are_confined(cluster):
 
 
 def test_helms_test(cluster):
-    cluster.run("helm", "test", RELEASE, f"--namespace={NAMESPACE}", "--logs", "--timeout=120s")
+    cluster.run("helm", "test", RELEASE, f"--namespace={NAMESPACE}", "--timeout=120s")
 
 
 def test_a_deleted_action_pod_comes_back_under_robots_that_go_on(node, cluster, observation):
