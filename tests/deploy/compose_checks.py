@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from openpi_flash.v1 import policy_pb2_grpc
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy, PolicyError
 
-from tests.deploy.support import Robot, run, say, wait_until
+from tests.deploy.support import Robot, compose_build, run, say, wait_until
 from tests.interop.robots import robots
 from tests.support import stub_request
 
@@ -48,7 +48,7 @@ def images() -> None:
     """All images: those of the laptop, and the action service in PyTorch of the GPU form."""
     started = time.monotonic()
     for command in (["build"], ["--profile", "openpi", "build", "openpi-action"]):
-        compose(*command)
+        compose_build("--project-name", PROJECT, *command)
     say(f"images built in {time.monotonic() - started:.0f} s")
 
 

@@ -18,6 +18,21 @@ def run(*command: str, check: bool = True, **options: Any) -> str:
     return done.stdout + done.stderr
 
 
+def compose_build(*arguments: str) -> None:
+    """Builds images of docker-compose.yaml: `docker compose ARGUMENTS`, which hold `build`.
+
+    Gigabytes come over the network, and pip takes a download that broke off for a wrong file: it is tried three times.
+    """
+    for attempt in range(3):
+        try:
+            run("docker", "compose", *arguments)
+            return
+        except AssertionError as failure:
+            if attempt == 2:
+                raise
+            say(f"building once more: {str(failure)[-300:]}")
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

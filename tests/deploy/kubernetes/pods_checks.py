@@ -25,7 +25,7 @@ from openpi_flash_client import FlashTransportPolicy, GrpcPolicy
 
 from tests.deploy.kubernetes.cluster import Cluster
 from tests.deploy.kubernetes.node import NAME, Node, running_node
-from tests.deploy.support import ROOT, Robot, run, say, wait_until
+from tests.deploy.support import ROOT, Robot, compose_build, run, say, wait_until
 from tests.interop.robots import robots
 from tests.support import stub_request
 
@@ -50,7 +50,7 @@ Object = Mapping[str, Any]
 def images() -> dict[str, str]:
     """Images by the chart's name of their component, built."""
     services = {"action": "action", "gateway": "gateway", "edge": "edge", "tools": "tiny-checkpoint"}
-    run("docker", "compose", "build", *services.values())
+    compose_build("build", *services.values())
     composed = json.loads(run("docker", "compose", "config", "--format", "json"))["services"]
     return {name: composed[service]["image"] for name, service in services.items()}
 
@@ -385,12 +385,18 @@ def test_helms_test(cluster):
 def test_a_deleted_action_pod_comes_back_under_robots_that_go_on(node, cluster, observation):
     """It drains first. Until the next one is warm nothing serves; the gateway says so, too."""
     (before,) = pods(cluster, "action")
-    with plain_policies(node) as policies, calling(policies, observation, timeout_s=2), Watch(cluster) as watch:
+    with (
+        plain_policies(node) as policies,
+        calling(policies, observation, timeout_s=2) as calls,
+        Watch(cluster) as watch,
+    ):
         kubectl(cluster, "delete", "pod", before["metadata"]["name"])
         kubectl(cluster, "rollout", "status", f"statefulset/{FULL}-action", "--timeout=120s")
         kubectl(cluster, "rollout", "status", f"deployment/{FULL}-gateway", "--timeout=120s")
     (after,) = pods(cluster, "action")
     assert after["metadata"]["uid"] != before["metadata"]["uid"]
+    errors = {error for robot in calls.values() for error in robot.errors}
+    assert all(error.startswith(("UnavailableError", "PolicyTimeoutError")) for error in errors), errors
     assert not [pod for pod in watch.of("gateway") if pod["status"]["containerStatuses"][0]["restartCount"]]
 
 
