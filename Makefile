@@ -95,9 +95,6 @@ images: ## Container images, tagged TAGS (latest); ACCELERATOR=cuda: JAX for GPU
 chart: ## The Helm chart, as a package in dist/ (helm)
 	helm package deploy/helm/openpi-flash --destination dist
 
-test-deploy: ## Deployments, for real: the four below. What this machine cannot run says why
-	python3 tests/deploy/all.py
-
 # A Docker engine that is there is used, or one is started as root; tests/deploy/engine.sh says what is missing.
 WITH_ENGINE = OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh
 test-compose: .venv/.dev $(STOCK_CLIENT) ## Images and docker-compose.yaml on a Docker engine of this machine
@@ -121,6 +118,10 @@ test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AW
 	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
 		$(<D)/bin/python -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
 		--noconftest -p tests.deploy.aws.fixtures -o python_files='*_checks.py' tests/deploy/aws $(PYTEST_ARGS)
+
+# What they share is installed first, since two run at a time.
+test-deploy: .venv/.dev $(STOCK_CLIENT) $(TERRAFORM_ENV)/.done ## Deployments, for real: the four above. What this machine cannot run says why
+	$(PY) tests/deploy/all.py
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60
