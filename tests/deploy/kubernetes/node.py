@@ -66,9 +66,7 @@ class Node:
 
     def load_images(self, *names: str) -> None:
         """From the Docker engine to the node."""
-        with subprocess.Popen(["docker", "save", *names], stdout=subprocess.PIPE) as save:
-            run(*self._enter, "ctr", "--namespace=k8s.io", "images", "import", "-", stdin=save.stdout)
-        assert save.returncode == 0
+        _load_images(self._enter, *names)
 
 
 @contextlib.contextmanager
@@ -98,7 +96,7 @@ def running_node(tools: Path, directory: Path) -> Iterator[Node]:
 
         start("containerd", f"--config={_containerd_config(directory)}")
         wait_until(lambda: "Server:" in run(*enter, "ctr", "version", check=False), "containerd", 60)
-        _import_pause(tools, enter)
+        _load_pause(tools, enter)
         start(
             str(tools / "kubelet"),
             f"--config={_kubelet_config(directory, there, group)}",
@@ -138,14 +136,14 @@ def _namespaces(directory: Path) -> Iterator[list[str]]:
     fixed = map(Path, ("/var/lib/kubelet", "/var/lib/cni", "/var/log/containers"))
     made = [folder for folder in fixed if not folder.exists()]
     unshare = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    log = (directory / "namespaces.log").open("wb")
-    holder = subprocess.Popen(
-        ["setpriv", "--pdeathsig=KILL", *unshare, "bash", "-c", _FIRST, "node", str(directory)],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,  # an interrupt from the keyboard is for the checks alone, which end it in order
-    )
+    with (directory / "namespaces.log").open("wb") as log:
+        holder = subprocess.Popen(
+            ["setpriv", "--pdeathsig=KILL", *unshare, "bash", "-c", _FIRST, "node", str(directory)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # an interrupt from the keyboard is for the checks alone, which end it in order
+        )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n", "the namespaces of a node could not be made"
@@ -153,9 +151,8 @@ def _namespaces(directory: Path) -> Iterator[list[str]]:
         try:
             yield ["nsenter", f"--target={first}", "--net", "--mount", "--pid", "--wdns=/", "--"]
         finally:
-            os.kill(
-                int(first), signal.SIGKILL
-            )  # with it the kernel ends all that is in them, and then tells its parent
+            # With it the kernel ends all that is in them, and only then tells its parent.
+            os.kill(int(first), signal.SIGKILL)
             holder.wait()
     finally:
         holder.kill()
@@ -250,14 +247,18 @@ def _dns_config(directory: Path, cluster: Cluster) -> Path:
     return path
 
 
-def _import_pause(tools: Path, enter: list[str]) -> None:
+def _load_pause(tools: Path, enter: list[str]) -> None:
     """The image that holds a pod's namespaces, of one program."""
-    archive = ["tar", "--create", f"--directory={tools}", "pause"]
     name = PAUSE.removeprefix("docker.io/")
-    with subprocess.Popen(archive, stdout=subprocess.PIPE) as tar:
-        run("docker", "import", "--change", 'ENTRYPOINT ["/pause"]', "-", name, stdin=tar.stdout)
+    with subprocess.Popen(["tar", "--create", f"--directory={tools}", "pause"], stdout=subprocess.PIPE) as archive:
+        run("docker", "import", "--change", 'ENTRYPOINT ["/pause"]', "-", name, stdin=archive.stdout)
     try:
-        with subprocess.Popen(["docker", "save", name], stdout=subprocess.PIPE) as save:
-            run(*enter, "ctr", "--namespace=k8s.io", "images", "import", "-", stdin=save.stdout)
+        _load_images(enter, name)
     finally:
         run("docker", "image", "rm", name)
+
+
+def _load_images(enter: list[str], *names: str) -> None:
+    with subprocess.Popen(["docker", "save", *names], stdout=subprocess.PIPE) as archive:
+        run(*enter, "ctr", "--namespace=k8s.io", "images", "import", "-", stdin=archive.stdout)
+    assert archive.returncode == 0, f"docker save {' '.join(names)}"

@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import yaml
 from openpi_flash.v1 import policy_pb2_grpc
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy
 
@@ -41,6 +43,7 @@ TOKEN = "sesame"
 pytestmark = pytest.mark.timeout(900)
 
 Object = Mapping[str, Any]
+Policy = GrpcPolicy | FlashTransportPolicy
 
 
 # What is there before the chart.
@@ -81,59 +84,9 @@ def cluster(node: Node, images: dict[str, str]) -> Cluster:
     """With a namespace that takes only pods that are confined, and the laptop's checkpoint on a claim in it."""
     folder = ROOT / ".cache/deploy/node/checkpoints"
     folder.mkdir()
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    where = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NAME]}
-    claim: dict[str, Any] = {"accessModes": ["ReadWriteOnce"], "storageClassName": "local", "volumeMode": "Filesystem"}
-    confined = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-    maker = {
-        "restartPolicy": "Never",
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [
-            {
-                "name": "tiny",
-                "image": f"docker.io/{images['tools']}",
-                "imagePullPolicy": "Never",
-                "command": ["python", "-m", "openpi_flash_cli.tiny", "/cache/tiny"],
-                "securityContext": confined,
-                "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in ("cache", "tmp")],
-            }
-        ],
-        "volumes": [
-            {"name": "cache", "persistentVolumeClaim": {"claimName": "checkpoints"}},
-            {"name": "tmp", "emptyDir": {}},
-        ],
-    }
-    node.cluster.apply(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}},
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": "checkpoints"},
-            "spec": {
-                **claim,
-                "capacity": {"storage": "1Gi"},
-                "local": {"path": str(folder)},
-                "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [where]}]}},
-            },
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": "checkpoints", "namespace": NAMESPACE},
-            "spec": {**claim, "resources": {"requests": {"storage": "1Gi"}}},
-        },
-        {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {"name": "checkpoint", "namespace": NAMESPACE},
-            "spec": {"backoffLimit": 0, "template": {"spec": maker}},
-        },
-    )
+    template = Template(Path(__file__).with_name("checkpoint.yaml").read_text())
+    objects = template.substitute(namespace=NAMESPACE, folder=folder, node=NAME, user=USER, image=images["tools"])
+    node.cluster.apply(*yaml.safe_load_all(objects))
     kubectl(node.cluster, "wait", "job/checkpoint", "--for=condition=Complete", "--timeout=120s")
     return node.cluster
 
@@ -145,19 +98,8 @@ def certificates(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Path:
     services = ",".join(f"DNS:{name}.{NAMESPACE}.svc" for name in (FULL, f"{FULL}-quic"))
     names = f"subjectAltName={services},IP:{node.address}"
     signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-addext", names, "-addext", "basicConstraints=critical,CA:FALSE")
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     for name, options in {"ca": (), "server": signed}.items():
-        new = (
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-noenc",
-            "-days",
-            "2",
-        )
         files = ("-out", f"{name}.pem", "-keyout", f"{name}.key", "-subj", f"/CN={name}")
         subprocess.run([*new, *files, *options], cwd=folder, check=True, capture_output=True)
     return folder
@@ -280,30 +222,23 @@ def fingerprint(cluster: Cluster) -> str:
 
 
 @contextlib.contextmanager
-def plain_policies(node: Node) -> Iterator[dict[str, GrpcPolicy | FlashTransportPolicy]]:
-    cluster = node.cluster
-    quic = {"fingerprint": fingerprint(cluster)}
+def robots_policies(node: Node, certificates: Path | None = None) -> Iterator[dict[str, Policy]]:
+    """Connected; in plain text, or with what `trust` has given the server."""
+    over_grpc: dict[str, Any] = {"insecure_plaintext": True}
+    if certificates is None:
+        over_quic = {"fingerprint": fingerprint(node.cluster)}
+    else:
+        over_grpc = over_quic = {"ca_file": str(certificates / "ca.pem"), "token": TOKEN}
     with (
-        GrpcPolicy(node.address, node_port(cluster, "grpc"), insecure_plaintext=True) as over_grpc,
-        FlashTransportPolicy(node.address, node_port(cluster, "quic"), **quic) as over_quic,
+        GrpcPolicy(node.address, node_port(node.cluster, "grpc"), **over_grpc) as first,
+        FlashTransportPolicy(node.address, node_port(node.cluster, "quic"), **over_quic) as second,
     ):
-        yield {"gRPC": over_grpc, "QUIC": over_quic}
-
-
-@contextlib.contextmanager
-def trusted_policies(node: Node, certificates: Path) -> Iterator[dict[str, GrpcPolicy | FlashTransportPolicy]]:
-    cluster = node.cluster
-    trusted = {"ca_file": str(certificates / "ca.pem"), "token": TOKEN}
-    with (
-        GrpcPolicy(node.address, node_port(cluster, "grpc"), **trusted) as over_grpc,
-        FlashTransportPolicy(node.address, node_port(cluster, "quic"), **trusted) as over_quic,
-    ):
-        yield {"gRPC": over_grpc, "QUIC": over_quic}
+        yield {"gRPC": first, "QUIC": second}
 
 
 @contextlib.contextmanager
 def calling(
-    policies: Mapping[str, GrpcPolicy | FlashTransportPolicy], observation: dict[str, Any], timeout_s: float
+    policies: Mapping[str, Policy], observation: dict[str, Any], timeout_s: float
 ) -> Iterator[dict[str, Robot]]:
     """Robots that go on whatever happens; afterwards the time without answers is printed."""
     found = {
@@ -350,7 +285,7 @@ def test_robots_outside_get_the_same_actions_on_every_transport(node, cluster, s
         (actions,) = set(policy.result()["actions"])
         assert broker.result()["actions"] == [actions] * 2
     assert len(bytes.fromhex(actions)) == np.prod(ACTIONS) * 8
-    with plain_policies(node) as policies:
+    with robots_policies(node) as policies:
         for over in policies.values():
             assert over.infer(observation)["actions"].tobytes().hex() == actions
 
@@ -386,7 +321,7 @@ def test_a_deleted_action_pod_comes_back_under_robots_that_go_on(node, cluster, 
     """It drains first. Until the next one is warm nothing serves; the gateway says so, too."""
     (before,) = pods(cluster, "action")
     with (
-        plain_policies(node) as policies,
+        robots_policies(node) as policies,
         calling(policies, observation, timeout_s=2) as calls,
         Watch(cluster) as watch,
     ):
@@ -403,7 +338,7 @@ def test_a_deleted_action_pod_comes_back_under_robots_that_go_on(node, cluster, 
 def test_an_upgrade_to_tls_tokens_and_two_replicas(node, cluster, images, certificates, observation):
     say(f"`helm upgrade --wait` took {helm(cluster, 'upgrade', images, *trust(certificates)):.0f} s")
     assert len(pods(cluster, "action")) == 2
-    with trusted_policies(node, certificates) as policies:
+    with robots_policies(node, certificates) as policies:
         for over in policies.values():
             assert over.infer(observation)["actions"].shape == ACTIONS
     test_helms_test(cluster)  # over QUIC, too, now that there is a certificate to verify
@@ -412,7 +347,7 @@ def test_an_upgrade_to_tls_tokens_and_two_replicas(node, cluster, images, certif
 def test_an_upgrade_loses_no_request(node, cluster, images, certificates, observation):
     """New settings for the model replace every pod, one after the other."""
     before = {pod["metadata"]["uid"] for name in ("action", "gateway") for pod in pods(cluster, name)}
-    with trusted_policies(node, certificates) as policies, calling(policies, observation, timeout_s=20) as calls:
+    with robots_policies(node, certificates) as policies, calling(policies, observation, timeout_s=20) as calls:
         changed = (*trust(certificates), "--set=config.action.num_steps=4")
         say(f"`helm upgrade --wait` took {helm(cluster, 'upgrade', images, *changed):.0f} s")
     after = {pod["metadata"]["uid"] for name in ("action", "gateway") for pod in pods(cluster, name)}
