@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link bench-restart proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-terraform images chart
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link bench-restart proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-pods test-terraform images chart
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -96,11 +96,15 @@ chart: ## The Helm chart, as a package in dist/ (helm)
 	for values in deploy/helm/openpi-flash/ci/*.yaml; do helm lint --strict --values $$values deploy/helm/openpi-flash; done
 	helm package deploy/helm/openpi-flash --destination dist
 
-# Of its own, since it takes a Docker engine, root to start one, and minutes; tests/deploy/engine.sh says what is missing.
-test-deploy: test-compose ## Deployments, for real: images and docker-compose.yaml on a Docker engine of this machine
+# A Docker engine that is there is used, or one is started as root; tests/deploy/engine.sh says what is missing.
+WITH_ENGINE = OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh
+test-compose: .venv/.dev $(STOCK_CLIENT) ## Images and docker-compose.yaml on a Docker engine of this machine
+	$(WITH_ENGINE) $(PY) -m pytest -s -x tests/deploy/compose_checks.py
 
-test-compose: .venv/.dev $(STOCK_CLIENT)
-	OPENPI_BUILD_CA=$${OPENPI_BUILD_CA:-$${SSL_CERT_FILE:-}} tests/deploy/engine.sh $(PY) -m pytest -s -x tests/deploy/compose_checks.py
+test-pods: .venv/.dev $(STOCK_CLIENT) ## The Helm chart with real pods, on a kubelet of this machine (root, Docker, Go)
+	tests/deploy/kubernetes/have-node.sh
+	tests/deploy/kubernetes/build-tools.sh .cache/kubernetes/bin node
+	KUBERNETES_TOOLS=.cache/kubernetes/bin $(WITH_ENGINE) $(PY) -m pytest -s -x tests/deploy/kubernetes/pods_checks.py
 
 # What stands in for AWS, in an environment of its own. cloud-init, where apt has it, is unpacked there and not installed.
 TERRAFORM_ENV := .cache/terraform-env
@@ -116,6 +120,10 @@ test-terraform: $(TERRAFORM_ENV)/.done ## deploy/terraform against a stand-in AW
 	CLOUD_INIT=$(wildcard $(TERRAFORM_ENV)/cloud-init) PYTHONPATH=services/common \
 		$(<D)/bin/python -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --timeout 900 \
 		--noconftest -p tests.deploy.aws.fixtures -o python_files='*_checks.py' tests/deploy/aws $(PYTEST_ARGS)
+
+# What they share is installed first, since two run at a time.
+test-deploy: .venv/.dev $(STOCK_CLIENT) $(TERRAFORM_ENV)/.done ## Deployments, for real: the four above. What this machine cannot run says why
+	$(PY) tests/deploy/all.py
 
 # libFuzzer's instrumentation is behind unstable flags, which a stable compiler takes when it is asked like this.
 SECONDS ?= 60

@@ -10,11 +10,9 @@ import os
 import re
 import socket
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,22 +23,16 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from openpi_flash.v1 import policy_pb2_grpc
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy, PolicyError
 
+from tests.deploy.support import Robot, compose_build, run, say, wait_until
 from tests.interop.robots import robots
 from tests.support import stub_request
 
-ROOT = Path(__file__).parents[2]
 PROJECT = "openpi-flash-test"  # with volumes of its own
 SERVICES = ("action", "planner", "gateway", "edge")
 IMAGES = ("gateway", "edge", "action-jax-cpu", "planner-cpu", "tools", "action-torch")
 BASE = "python:3.11-slim-bookworm"
 ACTIONS = (15, 8)
 pytestmark = pytest.mark.timeout(3600)
-
-
-def run(*command: str, check: bool = True, **options: Any) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
-    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    return done.stdout + done.stderr
 
 
 def compose(*arguments: str, **options: Any) -> str:
@@ -52,23 +44,12 @@ def container(service: str) -> dict[str, Any]:
     return json.loads(run("docker", "inspect", identifier))[0]
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.2)
-
-
-def say(text: str) -> None:
-    print(f"\n    {text}", end="", flush=True)
-
-
 @pytest.fixture(scope="module")
 def images() -> None:
     """All images: those of the laptop, and the action service in PyTorch of the GPU form."""
     started = time.monotonic()
     for command in (["build"], ["--profile", "openpi", "build", "openpi-action"]):
-        compose(*command)
+        compose_build("--project-name", PROJECT, *command)
     say(f"images built in {time.monotonic() - started:.0f} s")
 
 
@@ -218,36 +199,6 @@ def test_containers_are_confined(stack):
         compose(
             "exec", "-T", service, "sh", "-c", "test $(id -u) = 10001 && ! touch /usr/x && ! touch /opt/openpi-flash/x"
         )
-
-
-class Robot:
-    """Calls in a loop until it is told to stop, and remembers when it was answered and what it was told instead."""
-
-    def __init__(self, infer: Callable[[], Any]) -> None:
-        self.answers: list[float] = []
-        self.errors: list[str] = []
-        self._infer = infer
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._infer()
-                self.answers.append(time.monotonic())
-            except PolicyError as error:
-                self.errors.append(f"{type(error).__name__}: {error}")
-            self._stop.wait(0.05)
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-
-    def silence_s(self) -> float:
-        """The longest time between two answers."""
-        return max(later - earlier for earlier, later in zip(self.answers, self.answers[1:], strict=False))
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 cache=$PWD/.cache/deploy
 mkdir -p "$cache"
+source tests/deploy/cannot.sh
 
 COMPOSE_VERSION=v2.40.3
 PYTHON_IMAGE=python:3.11-slim-bookworm
@@ -26,8 +27,7 @@ main() {
 }
 
 missing() {
-    echo "test-deploy: no Docker engine here: $*" >&2
-    exit 3
+    cannot "no Docker engine here: $*"
 }
 
 start_engine() {
@@ -42,7 +42,8 @@ start_engine() {
     # A socket and folders of its own, so that no other engine of this machine is in the way. A Unix socket's path is short.
     run=$(mktemp -d /tmp/openpi-flash-deploy.XXXXXX)
     export DOCKER_HOST=unix://$run/docker.sock
-    dockerd --host "$DOCKER_HOST" --data-root "$cache/docker" --exec-root "$run/exec" --pidfile "$run/pid" \
+    # It is stopped last: an interrupt from the keyboard is not for it, and it ends with this script however that ends.
+    setsid setpriv --pdeathsig TERM dockerd --host "$DOCKER_HOST" --data-root "$cache/docker" --exec-root "$run/exec" --pidfile "$run/pid" \
         > "$cache/dockerd.log" 2>&1 &
     trap stop_engine EXIT
     for _ in $(seq 60); do
@@ -73,8 +74,7 @@ have_compose() {
         return
     fi
     if ! command -v go > /dev/null; then
-        echo "test-deploy: neither Docker Compose nor Go, which would build it, is installed" >&2
-        exit 3
+        cannot "neither Docker Compose nor Go, which would build it, is installed"
     fi
     echo "building Docker Compose $COMPOSE_VERSION (some minutes)" >&2
     mkdir -p "$(dirname "$plugin")" "$cache/compose"

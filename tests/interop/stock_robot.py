@@ -1,6 +1,6 @@
 """A robot with the stock openpi-client, run in an environment that has nothing of openpi-flash.
 
-    python stock_robot.py ROLE PORT OBSERVATION.npz CALLS
+    python stock_robot.py ROLE HOST PORT OBSERVATION.npz CALLS
 
 Says `ready` when connected, waits for a line on standard input, plays its role, and prints one JSON object.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-OBSERVATION = {name: value if value.ndim else value.item() for name, value in np.load(sys.argv[3]).items()}
+OBSERVATION = {name: value if value.ndim else value.item() for name, value in np.load(sys.argv[4]).items()}
 
 
 def policy(policy, calls):
@@ -51,7 +51,7 @@ def bad_prompt(policy, calls):
 
 def requests(policy, calls):
     """One call for each change to the observation in the list of them that the file beside OBSERVATION holds."""
-    changes = json.loads(Path(sys.argv[3]).with_suffix(".json").read_text())
+    changes = json.loads(Path(sys.argv[4]).with_suffix(".json").read_text())
     return {"answers": [plain(policy.infer({**OBSERVATION, **change})) for change in changes]}
 
 
@@ -75,7 +75,7 @@ def garbage(policy, calls):
     while not stop.is_set():
         policy._ws.send(b"\xc1" * (sent % 4096))
         assert isinstance(policy._ws.recv(), str)
-        policy = WebsocketClientPolicy("127.0.0.1", int(sys.argv[2]))
+        policy = WebsocketClientPolicy(sys.argv[2], int(sys.argv[3]))
         sent += 1
     return {"sent": sent}
 
@@ -101,7 +101,7 @@ def vanish(policy, calls):
         policy._ws.send(message)
         time.sleep(0.002)
         shut(policy._ws.socket)
-        policy = WebsocketClientPolicy("127.0.0.1", int(sys.argv[2]))
+        policy = WebsocketClientPolicy(sys.argv[2], int(sys.argv[3]))
         gone += 1
     return {"gone": gone}
 
@@ -119,8 +119,8 @@ def shut(connection):
 
 
 if __name__ == "__main__":
-    role, port, _, calls = sys.argv[1:]
-    connected = WebsocketClientPolicy("127.0.0.1", int(port))
+    role, host, port, _, calls = sys.argv[1:]
+    connected = WebsocketClientPolicy(host, int(port))
     print("ready", flush=True)
     sys.stdin.readline()
     roles = {f.__name__: f for f in (policy, broker, bad_prompt, requests, steady, garbage, deaf, vanish)}

@@ -2,7 +2,9 @@
 
 import base64
 import gzip
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 
 from tests.deploy.aws.instance import Instance
 from tests.deploy.aws.servers import REGION, SERVERS, apply_servers, apply_shared
-from tests.deploy.aws.stand_in import StandIn, Terraform, stand_in
+from tests.deploy.aws.stand_in import MissingToolError, StandIn, Terraform, stand_in
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +23,11 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
 
 @pytest.fixture(scope="session")
 def terraform(aws: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Terraform:
-    return Terraform(tmp_path_factory.mktemp("terraform"), aws)
+    try:
+        return Terraform(tmp_path_factory.mktemp("terraform"), aws)
+    except MissingToolError as missing:
+        Path(os.environ.get("TEST_DEPLOY_REASON", os.devnull)).write_text(str(missing))
+        pytest.exit(str(missing), returncode=3)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,11 @@ def find_terraform() -> str:
 
 
 def find_mirror() -> Path | None:
-    """The folder of providers that TF_PLUGIN_DIR names, or that lies where such folders lie; None: ask the registry."""
+    """The folder of providers that TF_PLUGIN_DIR names, or that lies where such folders lie; None: ask the registry.
+
+    Raises:
+        MissingToolError: the folder that is named does not hold the provider, or there is neither one nor a registry.
+    """
     named = os.environ.get("TF_PLUGIN_DIR")
     if named:
         if not (Path(named) / PROVIDER).is_dir():
@@ -166,4 +171,14 @@ def find_mirror() -> Path | None:
         Path.home() / ".terraform.d/plugins",
         *map(Path, ("/usr/local/share/terraform/plugins", "/usr/share/terraform/plugins")),
     )
-    return next((folder for folder in (*usual, *Path("/opt").glob("*")) if (folder / PROVIDER).is_dir()), None)
+    for folder in (*usual, *Path("/opt").glob("*")):
+        if (folder / PROVIDER).is_dir():
+            return folder
+    registry = PROVIDER.partition("/")[0]
+    try:
+        urllib.request.urlopen(f"https://{registry}/.well-known/terraform.json", timeout=20).close()
+    except OSError as error:
+        raise MissingToolError(
+            f"no provider for terraform: TF_PLUGIN_DIR names no mirror with {PROVIDER}, and {registry} answers: {error}"
+        ) from error
+    return None

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Builds helm, kubectl and a Kubernetes control plane from their Go modules into FOLDER: build-tools.sh FOLDER.
-# The versions are those of tools/*/go.mod; a program that is newer than them is kept.
+# Builds helm, kubectl and a Kubernetes control plane from their Go modules into FOLDER: build-tools.sh FOLDER [node].
+# With `node` also what makes a machine a node: kubelet, kube-proxy, CoreDNS and a pod's `pause`.
+# The versions are those of tools/*/go.mod; a program that is newer than its folder there is kept.
 set -euo pipefail
 folder=$(realpath -m "${1:?folder of the programs}")
 cd "$(dirname "$0")/tools"
+source ../../cannot.sh
 mkdir -p "$folder/crds"
 
 command -v go >/dev/null || {
-    echo "build-tools.sh: Go 1.21 or newer is needed; it fetches the release that tools/*/go.mod name by itself" >&2
-    exit 1
+    cannot "no Go here: 1.21 or newer builds Kubernetes, and fetches the release that tools/*/go.mod name by itself"
 }
 
 version() { awk -v module="$2" '$1 == module {print $2}' "$1/go.mod"; }
@@ -22,7 +23,7 @@ kubernetes_flags="-X k8s.io/component-base/version.gitVersion=$kubernetes -X k8s
 
 build() { # folder of the go.mod, program, package, linker flags
     local program=$folder/$2 start=$SECONDS
-    if [[ $program -nt $1/go.mod && $program -nt $1/go.sum ]]; then return; fi
+    if [[ -e $program && -z $(find "$1" -newer "$program") ]]; then return; fi
     (cd "$1" && CGO_ENABLED=0 GOWORK=off GOFLAGS="${GO_BUILD_FLAGS:-}" nice go build -mod=readonly -trimpath -buildvcs=false \
         -ldflags "-s -w $4" -o "$program.new" "$3")
     mv "$program.new" "$program"
@@ -36,6 +37,12 @@ for program in kube-apiserver kube-controller-manager kube-scheduler; do
     build kubernetes $program k8s.io/kubernetes/cmd/$program "$kubernetes_flags"
 done
 build kwok kwok sigs.k8s.io/kwok/cmd/kwok ""
+if [[ ${2:-} == node ]]; then
+    for program in kubelet kube-proxy; do
+        build kubernetes $program k8s.io/kubernetes/cmd/$program "$kubernetes_flags"
+    done
+    for program in coredns pause; do build $program $program . ""; done
+fi
 
 # How nodes, pods and claims come alive where there are none: kwok's own descriptions, and ours.
 kwok=$(cd kwok && go list -m -f '{{.Dir}}' sigs.k8s.io/kwok)/kustomize/stage

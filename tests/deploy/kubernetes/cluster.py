@@ -1,5 +1,5 @@
-"""A Kubernetes control plane on loopback, with nodes of kwok: objects are checked, scheduled and reported as running,
-and nothing runs."""
+"""A Kubernetes control plane. Its nodes are kwok's, where objects are checked, scheduled and reported as running, and
+nothing runs; or a real one (node.py)."""
 
 import contextlib
 import json
@@ -75,14 +75,23 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(tools: Path, directory: Path) -> Iterator[Cluster]:
-    """Starts etcd, API server, controllers, scheduler and kwok on free ports; there is no node yet."""
+def running_cluster(
+    tools: Path, directory: Path, *, address: str = "127.0.0.1", simulated: bool = True
+) -> Iterator[Cluster]:
+    """Starts etcd, API server, controllers, scheduler and, with `simulated`, kwok on free ports; there is no node yet.
+
+    Args:
+        tools: folder of the programs, as build-tools.sh makes it.
+        directory: an empty folder.
+        address: where the API server is for nodes; everything else is on loopback.
+        simulated: nodes are kwok's.
+    """
     cluster = Cluster(tools, directory)
     etcd, peers, api, kwok = (_free_port() for _ in range(4))
     token = secrets.token_hex(16)
     tokens = directory / "tokens.csv"
     tokens.write_text(f"{token},admin,admin,system:masters\n")
-    server = f"https://127.0.0.1:{api}"
+    server = f"https://{address}:{api}"
     cluster.kubeconfig.write_text(json.dumps(_kubeconfig(server, token)))
     etcd_url, key = f"http://127.0.0.1:{etcd}", TLS / "server.key"
     kubeconfig = f"--kubeconfig={cluster.kubeconfig}"
@@ -121,8 +130,9 @@ def running_cluster(tools: Path, directory: Path) -> Iterator[Cluster]:
         start(
             "kube-apiserver",
             f"--etcd-servers={etcd_url}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
+            f"--bind-address={address}",
+            f"--advertise-address={address}",
+            "--kubelet-preferred-address-types=InternalIP",
             "--endpoint-reconciler-type=none",
             f"--secure-port={api}",
             f"--tls-cert-file={TLS / 'server.pem'}",
@@ -145,28 +155,30 @@ def running_cluster(tools: Path, directory: Path) -> Iterator[Cluster]:
             "--secure-port=0",
         )
         start("kube-scheduler", kubeconfig, "--leader-elect=false", "--secure-port=0")
-        start(
-            "kwok",
-            kubeconfig,
-            f"--config={tools / 'stages.yaml'}",
-            "--manage-all-nodes=true",
-            "--node-lease-duration-seconds=40",
-            "--node-ip=127.0.0.1",
-            "--cidr=10.200.0.0/16",
-            f"--server-address=127.0.0.1:{kwok}",
-        )
         wait_for("get", "serviceaccount", "default")
-        cluster.run("kubectl", "apply", f"--filename={tools / 'storage-class.yaml'}")
-        cluster.run("kubectl", "apply", "--server-side", f"--filename={tools / 'crds'}")
-        cluster.run("kubectl", "wait", "crd", "--all", "--for=condition=Established", "--timeout=60s")
+        if simulated:
+            start(
+                "kwok",
+                kubeconfig,
+                f"--config={tools / 'stages.yaml'}",
+                "--manage-all-nodes=true",
+                "--node-lease-duration-seconds=40",
+                "--node-ip=127.0.0.1",
+                "--cidr=10.200.0.0/16",
+                f"--server-address=127.0.0.1:{kwok}",
+            )
+            cluster.run("kubectl", "apply", f"--filename={tools / 'storage-class.yaml'}")
+            cluster.run("kubectl", "apply", "--server-side", f"--filename={tools / 'crds'}")
+            cluster.run("kubectl", "wait", "crd", "--all", "--for=condition=Established", "--timeout=60s")
         yield cluster
 
 
 def _kubeconfig(server: str, token: str) -> dict[str, Any]:
+    authority = {"certificate-authority": str(TLS / "ca.pem"), "tls-server-name": "localhost"}
     return {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": server, "certificate-authority": str(TLS / "ca.pem")}}],
+        "clusters": [{"name": "c", "cluster": {"server": server, **authority}}],
         "users": [{"name": "u", "user": {"token": token}}],
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "x",

@@ -1,0 +1,3 @@
+module openpi-flash.local/tools/pause
+
+go 1.26.0
