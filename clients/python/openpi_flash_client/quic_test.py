@@ -1,6 +1,7 @@
 """FlashTransportPolicy against a small PolicyService behind the real edge."""
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
