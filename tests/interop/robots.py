@@ -11,7 +11,7 @@ from typing import Any
 class Robot:
     """A stock robot in a process of its own, connected and waiting."""
 
-    def __init__(self, python: Path, role: str, host: str, port: int, observation: Path, calls: int) -> None:
+    def __init__(self, python: Path, role: str, port: int, observation: Path, calls: int, *, host: str) -> None:
         script = Path(__file__).with_name("stock_robot.py")
         self.process = subprocess.Popen(
             [python, "-I", script, role, host, str(port), observation, str(calls)],
@@ -43,9 +43,9 @@ class Robot:
 
 @contextmanager
 def robots(
-    python: Path, roles: list[str], port: int, observation: Path, calls: int, host: str = "127.0.0.1"
+    python: Path, roles: list[str], port: int, observation: Path, calls: int, *, host: str = "127.0.0.1"
 ) -> Iterator[list[Robot]]:
-    started = [Robot(python, role, host, port, observation, calls) for role in roles]
+    started = [Robot(python, role, port, observation, calls, host=host) for role in roles]
     try:
         for robot in started:
             robot.wait_connected()
