@@ -1,6 +1,7 @@
 """Loads, compiles and runs the PyTorch model."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,10 +12,19 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.request import ModelBatch
-from openpi_flash_models.torch.model import Inputs, Pi0, Schedule
+from openpi_flash_models.torch import kernels
+from openpi_flash_models.torch.graphs import CudaRecorder, StaticCalls, arrays_of
+from openpi_flash_models.torch.model import Inputs, Pi0, Schedule, integrate
 from openpi_flash_models.torch.weights import read_model
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = {
+    "default": "default",
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+    "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
+}
+"""torch.compile's modes, to what of each is left to the compiler: the CUDA graph around everything is ours."""
+
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 KEPT_SCHEDULES = 8
@@ -62,7 +72,10 @@ def load(
 
 
 class TorchBackend:
-    """A loaded PyTorch model on one device. Not thread-safe."""
+    """A loaded PyTorch model on one device. Not thread-safe; on a GPU, everything happens in the thread that made it.
+
+    On a GPU each shape is recorded as one CUDA graph, from the uploaded inputs to the actions, at its first call.
+    """
 
     name = "torch"
 
@@ -70,26 +83,36 @@ class TorchBackend:
         self.config: ModelConfig = model.config
         self.model = model
         self.device = torch.device(device)
-        self._run = model.sample_actions
-        if compile_mode is not None:
+        self._prepare, self._velocity = model.prepare, model.velocity
+        if compile_mode is None:
+            model.ops = kernels.choose(self.config, self.device, model.dtype)
+        else:
             torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
-            self._run = torch.compile(model.sample_actions, mode=compile_mode, fullgraph=True, dynamic=False)
+            # What is compiled is one flow step, whatever the number of steps.
+            compiled = functools.partial(
+                torch.compile, mode=COMPILE_MODES[compile_mode], fullgraph=True, dynamic=False
+            )
+            self._prepare, self._velocity = compiled(model.prepare), compiled(model.velocity)
         self._schedule = functools.lru_cache(KEPT_SCHEDULES)(self._compute_schedule)
         self._schedule(num_steps)
+        self._recorded = None
+        if self.device.type == "cuda":
+            self._recorded = StaticCalls(self._bind, self.device, CudaRecorder(self.device))
 
     def sample_actions(self, batch: ModelBatch) -> np.ndarray:
         """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32."""
         with torch.inference_mode():
-            return self._run(self.upload(batch), self._schedule(batch.num_steps)).cpu().numpy()
+            if self._recorded is not None:
+                return self._recorded(batch)
+            return self._bind(self.upload(batch), batch.num_steps)().cpu().numpy()
 
     def upload(self, batch: ModelBatch) -> Inputs:
-        arrays = (batch.images, batch.tokens, batch.token_mask, batch.state, batch.noise)
-        return Inputs(*map(self._to_device, arrays))
+        return Inputs(*(torch.from_numpy(array).to(self.device) for array in arrays_of(batch)))
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def _bind(self, inputs: Inputs, num_steps: int) -> Callable[[], Tensor]:
+        return functools.partial(integrate, self._prepare, self._velocity, inputs, self._schedule(num_steps))
 
     def _compute_schedule(self, num_steps: int) -> Schedule:
         with torch.inference_mode():
             embedding = flow.time_embedding(flow.timesteps(num_steps), self.config.expert.width)
-            return self.model.schedule(self._to_device(embedding))
+            return self.model.schedule(torch.from_numpy(embedding))
