@@ -12,9 +12,9 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.request import ModelBatch
-from openpi_flash_models.torch import kernels
-from openpi_flash_models.torch.graphs import CudaRecorder, StaticCalls, arrays_of
-from openpi_flash_models.torch.model import Inputs, Pi0, Schedule, integrate
+from openpi_flash_models.torch import fp8, kernels
+from openpi_flash_models.torch.graphs import CudaRecorder, StaticCalls, upload
+from openpi_flash_models.torch.model import Inputs, Pi0, Schedule, integrate, make_schedule
 from openpi_flash_models.torch.weights import read_model
 
 COMPILE_MODES = {
@@ -40,6 +40,7 @@ def load(
     *,
     device: str = "cpu",
     precision: str = "bfloat16",
+    prefix_precision: str | None = None,
     compile_mode: str | None = None,
     num_steps: int = flow.DEFAULT_NUM_STEPS,
 ) -> "TorchBackend":
@@ -50,13 +51,20 @@ def load(
         source: tensors under openpi's PyTorch names.
         device: a PyTorch device, e.g. `cuda` or `cpu`.
         precision: `bfloat16` (mixed, see model.py) or `float32`.
-        compile_mode: one of COMPILE_MODES; eager when None. Each shape compiles at its first call.
+        prefix_precision: `fp8`: the matrices of the vision tower and the VLM in FP8 where this hardly moves the
+            actions; None: as `precision` says.
+        compile_mode: one of COMPILE_MODES; not compiled when None. Each shape compiles at its first call.
         num_steps: the number of flow steps to prepare for. Others are prepared when first asked for.
 
     Raises:
         CheckpointError: a tensor is missing or misshaped.
-        PolicyConfigError: an unknown precision or compile mode, or a device that is not there.
+        PolicyConfigError: an unknown precision or compile mode, a device that is not there or has no FP8, or weights
+            that FP8 rounds too roughly.
     """
+    if prefix_precision not in (None, "fp8"):
+        raise PolicyConfigError(f"prefix_precision: {prefix_precision!r} is unknown; expected fp8 or none")
+    if prefix_precision == "fp8" and precision != "bfloat16":
+        raise PolicyConfigError(f"prefix_precision: fp8 goes with the precision bfloat16, not with {precision}")
     if precision not in PRECISIONS:
         raise PolicyConfigError(f"precision: {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     if compile_mode is not None and compile_mode not in COMPILE_MODES:
@@ -68,6 +76,8 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise PolicyConfigError(f"device: {device!r} is none that PyTorch can use here: {error}") from error
     model = read_model(config, source, PRECISIONS[precision], device)
+    if prefix_precision == "fp8":
+        fp8.quantise_prefix(model, num_steps)
     return TorchBackend(model, device, compile_mode=compile_mode, num_steps=num_steps)
 
 
@@ -89,9 +99,7 @@ class TorchBackend:
         else:
             torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
             # What is compiled is one flow step, whatever the number of steps.
-            compiled = functools.partial(
-                torch.compile, mode=COMPILE_MODES[compile_mode], fullgraph=True, dynamic=False
-            )
+            compiled = functools.partial(torch.compile, mode=COMPILE_MODES[compile_mode], fullgraph=True, dynamic=False)
             self._prepare, self._velocity = compiled(model.prepare), compiled(model.velocity)
         self._schedule = functools.lru_cache(KEPT_SCHEDULES)(self._compute_schedule)
         self._schedule(num_steps)
@@ -107,12 +115,11 @@ class TorchBackend:
             return self._bind(self.upload(batch), batch.num_steps)().cpu().numpy()
 
     def upload(self, batch: ModelBatch) -> Inputs:
-        return Inputs(*(torch.from_numpy(array).to(self.device) for array in arrays_of(batch)))
+        return upload(batch, self.device)
 
     def _bind(self, inputs: Inputs, num_steps: int) -> Callable[[], Tensor]:
         return functools.partial(integrate, self._prepare, self._velocity, inputs, self._schedule(num_steps))
 
     def _compute_schedule(self, num_steps: int) -> Schedule:
         with torch.inference_mode():
-            embedding = flow.time_embedding(flow.timesteps(num_steps), self.config.expert.width)
-            return self.model.schedule(torch.from_numpy(embedding))
+            return make_schedule(self.model, num_steps)

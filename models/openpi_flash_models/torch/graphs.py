@@ -16,8 +16,8 @@ from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.model import Inputs
 
 KEPT_SHAPES = 48
-"""Recordings that are kept: those of all shapes of a robot with one to three cameras, four prompt lengths and batches of
-up to 8."""
+"""Recordings that are kept: those of all shapes of a robot with one to three cameras, four prompt lengths and batches
+of up to 8."""
 
 ALIGNMENT = 256
 """Of each input in the common buffer, in bytes: enough for any element type and any kernel."""
@@ -69,7 +69,7 @@ class StaticInputs:
 class _Call(NamedTuple):
     inputs: StaticInputs
     replay: Callable[[], None]
-    download: Callable[[], None]
+    download: Callable[[], object]
     answer: np.ndarray
     function: Callable[[], Tensor]
     """What was recorded: it holds the tensors that a replay reads."""
@@ -154,6 +154,11 @@ class CudaRecorder:
                 function()
             self._done.record()
         self._done.synchronize()
+
+
+def upload(batch: ModelBatch, device: torch.device) -> Inputs:
+    """A batch on a device, in buffers of its own."""
+    return Inputs(*(torch.from_numpy(array).to(device) for array in arrays_of(batch)))
 
 
 def arrays_of(batch: ModelBatch) -> tuple[np.ndarray, ...]:

@@ -76,7 +76,12 @@ def test_each_call_gets_its_own_answer_from_one_recording(calls, recorder):
 
 @pytest.mark.parametrize(
     "other",
-    [batch_of(2), batch_of(num_steps=3), batch_of(dtype=np.float32), dataclasses.replace(batch_of(), noise=batch_of().noise[:, :3])],
+    [
+        batch_of(2),
+        batch_of(num_steps=3),
+        batch_of(dtype=np.float32),
+        dataclasses.replace(batch_of(), noise=batch_of().noise[:, :3]),
+    ],
     ids=["batch", "steps", "dtype", "horizon"],
 )
 def test_every_shape_is_recorded(calls, recorder, other):

@@ -1,9 +1,9 @@
 """The operations between the model's matrix products, each twice: in plain PyTorch, and as one Triton kernel.
 
-A flow step is short: on a GPU its time is that of its launches and of what they read and write between the products. Each
-operation below is a dozen kernels in plain PyTorch and one here. `REFERENCE` is what they compute, on any device and
-for any compiler; `FUSED` is the same on a GPU where Triton and a C compiler for its launcher are at hand. `choose` takes
-`FUSED` only where each of its operations gives what the reference gives, on that device.
+A flow step is short: on a GPU its time is that of its launches and of what they read and write between the products.
+Each operation below is a dozen kernels in plain PyTorch and one here. `REFERENCE` is what they compute, on any device
+and for any compiler; `FUSED` is the same on a GPU where Triton and a C compiler for its launcher are at hand. `choose`
+takes `FUSED` only where each of its operations gives what the reference gives, on that device.
 
 Shapes: B batch, T tokens, W width of a row, N query heads, K key/value heads, h head_dim, C capacity of a cache.
 No fused operation can be differentiated.
@@ -11,7 +11,6 @@ No fused operation can be differentiated.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -93,7 +92,9 @@ def mismatches(ops: Ops, config: ModelConfig, device: torch.device, dtype: torch
         expected = getattr(REFERENCE, name)(*expected_arguments)
         actual = getattr(ops, name)(*arguments)
         # What was written into an argument counts as well.
-        pairs = zip((*_tensors(actual), *_tensors(arguments)), (*_tensors(expected), *_tensors(expected_arguments)))
+        pairs = zip(
+            (*_tensors(actual), *_tensors(arguments)), (*_tensors(expected), *_tensors(expected_arguments)), strict=True
+        )
         if not all(_close(one, other) for one, other in pairs):
             wrong.append(name)
     return wrong
@@ -116,9 +117,9 @@ def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ite
         yield "add_rms_norm", [x, y, gate, factor, shift]
     for mlp_dim in {config.vlm.mlp_dim, config.expert.mlp_dim}:
         yield "geglu", [random(2, 3, 2 * mlp_dim)]
-    capacity, lengths = 70, torch.tensor([70, 33], dtype=torch.int32, device=device)
+    capacity, lengths = 40, torch.tensor([40, 33], dtype=torch.int32, device=device)
     cache = random(2, 2, capacity, gemma.num_kv_heads, gemma.head_dim)
-    for tokens, name in ((70, "attend_prefix"), (5, "attend_suffix")):
+    for tokens, name in ((17, "attend_prefix"), (5, "attend_suffix")):
         qkv = random(2, tokens, (gemma.num_heads + 2 * gemma.num_kv_heads) * gemma.head_dim)
         positions = (lengths[:, None] - tokens).clamp(min=0) + torch.arange(tokens, device=device)
         rope = rope_table(positions, gemma.head_dim)
@@ -386,7 +387,7 @@ jit: Callable[[Callable[..., Any]], Any] = (lambda function: function) if triton
 
 
 @jit
-def _norm_kernel(
+def _norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     gate_ptr,
@@ -423,7 +424,7 @@ def _norm_kernel(
 
 
 @jit
-def _rotate_kernel(
+def _rotate_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -467,7 +468,7 @@ def _rotate_kernel(
 
 
 @jit
-def _geglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _geglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: a block of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -482,7 +483,7 @@ def _geglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
 
 
 @jit
-def _attend_kernel(
+def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     cache_ptr,
     lengths_ptr,
@@ -554,7 +555,7 @@ def _attend_kernel(
 
 
 @jit
-def _join_kernel(
+def _join_kernel(  # type: ignore[no-untyped-def]
     shares_ptr,
     weights_ptr,
     out_ptr,
@@ -589,7 +590,7 @@ def _join_kernel(
 
 
 @jit
-def _quantise_kernel(x_ptr, quantised_ptr, scale_ptr, width, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_kernel(x_ptr, quantised_ptr, scale_ptr, width, LARGEST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

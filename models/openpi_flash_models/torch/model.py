@@ -1,9 +1,9 @@
 """pi0 and pi0.5 in PyTorch, inference only: everything from camera images to an action chunk.
 
 Reads from the top: `Pi0.sample_actions` is the whole computation, and every method below it is one of its parts. What
-lies between matrix products is in kernels.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix tokens,
-T any tokens, H action horizon, A action_dim, D VLM width, E expert width, N query heads, K key/value heads, h head_dim,
-L layers.
+lies between matrix products is in kernels.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix
+tokens, T any tokens, H action horizon, A action_dim, D VLM width, E expert width, N query heads, K key/value heads,
+h head_dim, L layers.
 
 The cache of a layer is (2, B, C, K, h): keys (rotated), then values. A row's valid prefix lies at its start, and
 everything later follows without a gap, over what padding wrote: which keys a token may see is a length, never a mask.
@@ -251,6 +251,12 @@ def integrate(
     for step in schedule:
         x = x + dt * velocity(x, step, context)
     return x
+
+
+def make_schedule(model: Pi0, num_steps: int) -> Schedule:
+    """A model's schedule for a number of flow steps."""
+    embedding = flow.time_embedding(flow.timesteps(num_steps), model.config.expert.width)
+    return model.schedule(torch.from_numpy(embedding))
 
 
 class Timing(nn.Module):

@@ -79,8 +79,8 @@ def apply_fold(fold: Fold, source: TensorSource) -> None:
     else:
         assert bias is not None  # noqa: S101 - every matrix behind a LayerNorm has one
         scale = read(fold.scale)
-        bias += F.linear(read(fold.bias), weight.float())
-    weight *= scale
+        bias.add_(F.linear(read(fold.bias), weight.float()))
+    weight.mul_(scale)
 
 
 def adaptive_dtype(config: ModelConfig, source: TensorSource) -> torch.dtype:
