@@ -49,8 +49,8 @@ class Ops(NamedTuple):
             (B, T, N, h); writes the rotated keys and the values to their positions of the cache (2, B, C, K, h).
         geglu: (B, T, 2W), gate and up, to gelu(gate)·up, (B, T, W).
         attend_prefix: (q (B, T, N, h), cache, lengths (B,) int32) to (B, T, N, h): each row attends to the first
-            `lengths` entries of its cache. For about as many queries as keys.
-        attend_suffix: the same, for few queries.
+            `lengths` entries of its cache, of which there are at most T.
+        attend_suffix: the same, for few queries and however many entries.
         quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
     """
 
@@ -124,7 +124,8 @@ def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ite
         positions = (lengths[:, None] - tokens).clamp(min=0) + torch.arange(tokens, device=device)
         rope = rope_table(positions, gemma.head_dim)
         yield "rotate_into_cache", [qkv, rope, positions, cache.clone()]
-        yield name, [random(2, tokens, gemma.num_heads, gemma.head_dim), cache, lengths]
+        visible = lengths.clamp(max=tokens) if name == "attend_prefix" else lengths
+        yield name, [random(2, tokens, gemma.num_heads, gemma.head_dim), cache, visible]
     # Exact in FP8 but for a power of two in each row: the last bit of a rounding is nobody's promise.
     exact = random(5, config.vlm.width, dtype=torch.float32).to(FP8).float()
     exact[:, 0] = FP8_MAX
@@ -192,6 +193,10 @@ def geglu(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    return attend(q, cache[:, :, : q.shape[1]], lengths)
+
+
 def attend(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     batch, tokens, num_heads, head_dim = q.shape
     keys, values = cache.transpose(2, 3)
@@ -210,7 +215,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(FP8), scale
 
 
-REFERENCE = Ops("reference", rms_norm, add_rms_norm, rotate_into_cache, geglu, attend, attend, quantise_rows)
+REFERENCE = Ops("reference", rms_norm, add_rms_norm, rotate_into_cache, geglu, attend_prefix, attend, quantise_rows)
 
 
 # --- In Triton
@@ -339,7 +344,7 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
 def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """PyTorch's FlashAttention, which takes lengths in place of a mask, and half precision alone."""
     if q.dtype == torch.float32:
-        return attend(q, cache, lengths)
+        return attend_prefix(q, cache, lengths)
     from torch.nn.attention.varlen import varlen_attn
 
     batch, tokens, num_heads, head_dim = q.shape

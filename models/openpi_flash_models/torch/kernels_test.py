@@ -57,7 +57,7 @@ if INTERPRETED:
         # FlashAttention is PyTorch's own, and no CPU has it.
         fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
-            fused = fused._replace(attend_prefix=kernels.attend, attend_suffix=kernels.attend)
+            fused = fused._replace(attend_prefix=kernels.attend_prefix, attend_suffix=kernels.attend)
         assert kernels.mismatches(fused, config(**sizes), CPU, dtype) == []
 
     @pytest.mark.parametrize("num_splits", [1, 3, 16])
