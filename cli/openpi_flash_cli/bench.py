@@ -54,7 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "jax": {"backend": "jax"},
     "planner": {"backend": "planner"},
 }
-"""By name: the backend, and what `load` is told beside the device. Those in float32 are what others are compared with."""
+"""By name: the backend, and what `load` is told beside the device. With those in float32 others are compared."""
 
 DEFAULT_ARMS = ("torch", "torch-compile", "torch-fp8", "jax", "planner")
 FRAMEWORKS = {"torch": "torch", "jax": "jax", "planner": "jax"}
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or find_device()
     size = arguments.size or ("full" if device == "cuda" else "small")
-    console = Console()
+    console = Console(width=max(Console().width, 132))  # the table's
     names = with_references(arguments.arms or default_arms(device))
     job = {
         "device": device,
@@ -189,8 +189,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     where = measured[0]["device_name"] if measured else job["device"]
     title = f"{job['size']} pi0.5, {NUM_VIEWS} views, {NUM_STEPS} steps, on {where}, {job['runs']} runs"
     table = Table(title=title, title_justify="left")
-    for heading in ("", "batch", "p50 ms", "p95", "p99", "requests/s", "limit ms", "reached", "peak GB", "cosine", "max diff"):
-        table.add_column(heading, justify="right" if heading else "left")
+    figures = ("p50 ms", "p95", "p99", "requests/s", "limit ms", "reached", "peak GB", "cosine", "max diff")
+    for heading in ("", "batch", *figures):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, arm in arms.items():
         if "error" in arm:
             console.print(f"{name}: {arm['error']}", markup=False)
@@ -228,7 +229,7 @@ def print_profile(name: str, profile: dict[str, Any], console: Console) -> None:
         + (f", gaps between them {profile['gaps_ms']:.2f} ms" if "gaps_ms" in profile else "")
     )
     for each in profile["longest"]:
-        console.print(f"  {each['total_ms']:8.3f} ms  {each['count']:5} ×  {each['name'][:90]}", markup=False)
+        console.print(f"  {each['total_ms']:8.3f} ms  {each['count']:5} x  {each['name'][:90]}", markup=False)
 
 
 def commit() -> str | None:
@@ -239,3 +240,9 @@ def commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="openpi-flash bench", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

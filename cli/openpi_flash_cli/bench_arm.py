@@ -1,9 +1,11 @@
 """One arm of `openpi-flash bench model`, in a process of its own: loads a random model, times it, prints JSON.
 
-`python -m openpi_flash_cli.bench_arm JOB`, JOB being what bench.py's `measure` makes. The last line of the output counts.
+`python -m openpi_flash_cli.bench_arm JOB`, JOB being what bench.py's `measure` makes. The last line of the output
+counts.
 """
 
 import gc
+import itertools
 import json
 import math
 import platform
@@ -29,7 +31,7 @@ TILE = 1_048_573  # a prime, so that no two rows of a matrix are alike
 
 
 class RandomSource:
-    """A checkpoint in bfloat16 that is never written: a million normal numbers, over and over, scaled for each tensor."""
+    """A checkpoint in bfloat16 that is never written: a million normal numbers, again and again, scaled for each."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -62,8 +64,8 @@ class RandomSource:
 def main() -> None:
     job = json.loads(sys.argv[1])
     config, arm = SIZES[job["size"]], job["arm"]
-    measure = measure_planner if arm["backend"] == "planner" else measure_policy
-    print(json.dumps(measure(config, job, arm)))
+    is_planner = arm["backend"] == "planner"
+    print(json.dumps(measure_planner(config, job) if is_planner else measure_policy(config, job, arm)))
 
 
 def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
@@ -71,20 +73,21 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
     options = {"precision": "bfloat16", **arm}
     framework = options.pop("backend")
     is_float32 = options["precision"] == "float32"
-    started = time.perf_counter()
     backend: Any
     if framework == "torch":
         from openpi_flash_models.torch import load as load_torch
 
-        backend = load_torch(config, RandomSource(torch_shapes(config)), device=job["device"], **options)
         result = torch_rates(job["device"], options["precision"])
+        forget_peak()
+        started = time.perf_counter()
+        backend = load_torch(config, RandomSource(torch_shapes(config)), device=job["device"], **options)
         result["ops"] = backend.model.ops.name
     else:
         from openpi_flash_models.jax import load as load_jax
 
-        platform_name = "cpu" if job["device"] == "cpu" else None
-        backend = load_jax(config, RandomSource(jax_shapes(config)), device=platform_name, **options)
-        result = jax_rates(backend.device, options["precision"])
+        result = jax_rates(job["device"], options["precision"])
+        started = time.perf_counter()
+        backend = load_jax(config, RandomSource(jax_shapes(config)), device=jax_platform(job["device"]), **options)
     result["load_s"] = time.perf_counter() - started
     # A float32 model is there to compare with: a batch of 1 is enough of it.
     batches = job["batches"][:1] if is_float32 else job["batches"]
@@ -102,18 +105,17 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
     return result
 
 
-def measure_planner(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
+def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     """Times of the first token, of each further one, and of MAX_TOKENS; no token ends a subtask."""
     import jax
     from openpi_flash_models.planner.decoder import Batch, load_decoder
     from openpi_flash_models.planner.vocabulary import EOS
 
+    result = jax_rates(job["device"], "bfloat16")
     started = time.perf_counter()
     allowed = np.arange(config.vocab_size) != EOS
-    device = "cpu" if job["device"] == "cpu" else None
     source = RandomSource(jax_shapes(config))
-    decoder = load_decoder(config, source, allowed, device=device, precision="bfloat16")
-    result = jax_rates(decoder.device, "bfloat16")
+    decoder = load_decoder(config, source, allowed, device=jax_platform(job["device"]), precision="bfloat16")
     result["load_s"] = time.perf_counter() - started
     request = batch_of(config, 1)
     batch = Batch(
@@ -195,7 +197,8 @@ def torch_rates(device: str, precision: str) -> dict[str, Any]:
     is_cuda = device == "cuda"
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     side, copied = (8192, 1 << 30) if is_cuda else (1024, 1 << 26)
-    factor = torch.ones(side, side, dtype=dtype, device=device)
+    # Zeros and ones would be multiplied faster: they take less power.
+    factor = torch.randn(side, side, device=device).to(dtype)
     buffer = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(buffer)
 
@@ -207,29 +210,39 @@ def torch_rates(device: str, precision: str) -> dict[str, Any]:
 
         return percentiles(waited, 10)["p50_ms"] / 1e3
 
-    result = {
+    return {
         "device_name": torch.cuda.get_device_name() if is_cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda if is_cuda else None},
         "matmul_flops_per_s": 2 * side**3 / timed(lambda: factor @ factor),
         # A copy reads and writes.
         "copy_bytes_per_s": 2 * copied / timed(lambda: target.copy_(buffer)),
     }
-    del factor, buffer, target
-    if is_cuda:
+
+
+def forget_peak() -> None:
+    """PyTorch's peak of a GPU's memory starts here."""
+    import torch
+
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return result
 
 
-def jax_rates(device: Any, precision: str) -> dict[str, Any]:
+def jax_platform(device: str) -> str | None:
+    """JAX's name of `cpu`; None for its own choice of an accelerator."""
+    return "cpu" if device == "cpu" else None
+
+
+def jax_rates(device_name: str, precision: str) -> dict[str, Any]:
     """As `torch_rates`, by JAX."""
     import jax
     import jax.numpy as jnp
 
+    device = jax.devices(jax_platform(device_name))[0]
     is_cpu = device.platform == "cpu"
     dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
     side, copied = (1024, 1 << 26) if is_cpu else (8192, 1 << 30)
-    factor = jax.device_put(jnp.ones((side, side), dtype), device)
+    factor = jax.device_put(np.random.default_rng(0).standard_normal((side, side), np.float32), device).astype(dtype)
     buffer = jax.device_put(np.ones(copied // 4, np.float32), device)
     square, increment = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
     matmul_s = percentiles(lambda: square(factor).block_until_ready(), 10)["p50_ms"] / 1e3
@@ -278,7 +291,7 @@ def profile(function: Callable[[], object]) -> dict[str, Any]:
     }
     if kernels:
         spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
-        result["gaps_ms"] = sum(max(0.0, b[0] - a[1]) for a, b in zip(spans, spans[1:], strict=False)) / 1e3
+        result["gaps_ms"] = sum(max(0.0, b[0] - a[1]) for a, b in itertools.pairwise(spans)) / 1e3
     return result
 
 

@@ -1,8 +1,8 @@
 """What one inference costs at least: products to compute, and weights and cached keys to read.
 
-A product of (m, k) and (k, n) is 2·m·k·n operations. Counted are products alone; of bytes, each weight once per pass over
-it and each cached key and value once per flow step. What lies between the products is left out, so that a time computed
-from this is a bound from below.
+A product of (m, k) and (k, n) is 2·m·k·n operations. Counted are products alone; of bytes, each weight once per pass
+over it and each cached key and value once per flow step. What lies between the products is left out, so that a time
+computed from this is a bound from below.
 """
 
 from typing import NamedTuple
@@ -45,9 +45,7 @@ def action_costs(
     heads = 2 * config.action_dim * expert.width + (0 if config.is_pi05 else 2 * expert.width**2)
     step_weights = expert.depth * layer_weights(expert) + heads
     step_flops = 2 * horizon * step_weights + expert.depth * attention_flops(expert, horizon, keys)
-    flow = Cost(
-        num_steps * batch * step_flops, num_steps * (step_weights * weight_bytes + batch * keys * cached)
-    )
+    flow = Cost(num_steps * batch * step_flops, num_steps * (step_weights * weight_bytes + batch * keys * cached))
     if not config.is_pi05:  # its state token, once
         state_weights = expert.depth * layer_weights(expert) + config.action_dim * expert.width
         state_flops = 2 * state_weights + expert.depth * attention_flops(expert, 1, keys)
@@ -67,9 +65,7 @@ def planner_costs(config: ModelConfig, *, num_views: int, prompt: int, weight_by
     reading = 2 * prefix * weights + vlm.depth * attention_flops(vlm, prefix, prefix)
     cached = 2 * vlm.depth * vlm.num_kv_heads * vlm.head_dim * prefix
     return {
-        "first": Cost(
-            vision.flops + reading + 2 * table, vision.num_bytes + (weights + table) * weight_bytes
-        ),
+        "first": Cost(vision.flops + reading + 2 * table, vision.num_bytes + (weights + table) * weight_bytes),
         "further": Cost(
             2 * (weights + table) + vlm.depth * attention_flops(vlm, 1, prefix),
             (weights + table + cached) * weight_bytes,

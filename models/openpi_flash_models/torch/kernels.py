@@ -65,38 +65,39 @@ class Ops(NamedTuple):
 
 
 def choose(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest implementation that works on the device; says in the log why where that is the reference."""
+    """The fastest implementation of each operation that works on the device; the log says which are slow, and why."""
     if device.type != "cuda":
         return REFERENCE
     if triton is None:
-        reason = "Triton is not installed"
-    else:
-        try:
-            with torch.cuda.device(device), torch.inference_mode():
-                wrong = mismatches(FUSED, config, device, dtype)
-        except Exception as error:  # no C compiler, a GPU that Triton does not know, too little shared memory, …
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            if not wrong:
-                return FUSED
-            reason = f"{', '.join(wrong)} gave other numbers than plain PyTorch"
-    logger.warning("fused kernels are off, inference will be slower: %s", reason)
-    return REFERENCE
+        logger.warning("fused kernels are off, inference will be slower: Triton is not installed")
+        return REFERENCE
+    with torch.cuda.device(device), torch.inference_mode():
+        wrong = mismatches(FUSED, config, device, dtype)
+    for name, reason in wrong.items():
+        logger.warning("fused kernel %s is off, inference will be slower: %s", name, reason)
+    if not wrong:
+        return FUSED
+    return FUSED._replace(name=f"fused, but {', '.join(wrong)}", **{name: getattr(REFERENCE, name) for name in wrong})
 
 
-def mismatches(ops: Ops, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of the operations whose result is not the reference's, at a model's widths, up to rounding."""
-    wrong = []
+def mismatches(ops: Ops, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which operations fail, or differ from the reference by more than rounding, at a model's widths; and how."""
+    wrong: dict[str, str] = {}
     for name, arguments in trials(config, device, dtype):
         expected_arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
         expected = getattr(REFERENCE, name)(*expected_arguments)
-        actual = getattr(ops, name)(*arguments)
+        try:
+            actual = getattr(ops, name)(*arguments)
+        except Exception as error:  # no C compiler, a GPU that Triton does not know, too little shared memory, …
+            wrong[name] = f"{type(error).__name__}: {error}"
+            continue
         # What was written into an argument counts as well.
-        pairs = zip(
-            (*_tensors(actual), *_tensors(arguments)), (*_tensors(expected), *_tensors(expected_arguments)), strict=True
+        results, others = (
+            [*_tensors(actual), *_tensors(arguments)],
+            [*_tensors(expected), *_tensors(expected_arguments)],
         )
-        if not all(_close(one, other) for one, other in pairs):
-            wrong.append(name)
+        if not all(_close(one, other) for one, other in zip(results, others, strict=True)):
+            wrong[name] = "its numbers are not those of plain PyTorch"
     return wrong
 
 

@@ -42,7 +42,15 @@ def test_a_wrong_kernel_is_found(op):
 
     ops = kernels.REFERENCE._replace(**{op: wrong})
     assert op in kernels.mismatches(ops, config(), CPU, torch.float32)
-    assert kernels.mismatches(kernels.REFERENCE, config(), CPU, torch.float32) == []
+    assert kernels.mismatches(kernels.REFERENCE, config(), CPU, torch.float32) == {}
+
+
+def test_a_kernel_that_fails_is_found_and_says_why():
+    def fails(gate_up):
+        raise RuntimeError("Failed to find C compiler")
+
+    wrong = kernels.mismatches(kernels.REFERENCE._replace(geglu=fails), config(), CPU, torch.float32)
+    assert wrong == {"geglu": "RuntimeError: Failed to find C compiler"}
 
 
 def test_a_cpu_has_no_use_for_them():
@@ -58,7 +66,7 @@ if INTERPRETED:
         fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
             fused = fused._replace(attend_prefix=kernels.attend_prefix, attend_suffix=kernels.attend)
-        assert kernels.mismatches(fused, config(**sizes), CPU, dtype) == []
+        assert kernels.mismatches(fused, config(**sizes), CPU, dtype) == {}
 
     @pytest.mark.parametrize("num_splits", [1, 3, 16])
     @pytest.mark.parametrize("length", [1, 33, 97])
