@@ -17,7 +17,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 CARGO := .cache/rust/.done
 endif
 
-.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-planner bench-link bench-restart proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-pods test-terraform images chart
+.PHONY: help demo edge install test test-helm fuzz lint format golden smoke-full-size bench-overhead bench-combined bench-model bench-planner bench-link bench-restart proto-breaking stubs wheels lock clean uv docs test-deploy test-compose test-pods test-terraform images chart
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -168,6 +168,9 @@ bench-overhead: .venv/.dev $(STOCK_CLIENT) ## Time outside the model, beside ope
 
 bench-combined: .venv/.dev ## What a planner costs an action, in each cadence, beside action-only
 	OMP_NUM_THREADS=1 $(PY) benchmarks/combined.py
+
+bench-model: .venv/.dev ## The model on this machine, beside what the machine would allow (BENCH_ARGS; benchmarks/gpu.sh: with a GPU's tests)
+	$(PY) -m openpi_flash_cli.bench model $(BENCH_ARGS)
 
 bench-planner: .venv/.dev ## What a subtask costs: first token, each further one, compiling
 	$(PY) benchmarks/planner.py

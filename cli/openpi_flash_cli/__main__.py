@@ -10,6 +10,7 @@ COMMANDS = {
     "test": ("latency", "time a running server: one warm-up and five timed calls"),
     "prepare-checkpoint": ("prepare", "fetch weights and normalisation statistics into a folder to serve"),
     "prepare-planner-checkpoint": ("prepare_planner", "fetch and unpack a planner's checkpoint into a folder to serve"),
+    "bench": ("bench", "time the model on this machine, beside what the machine would allow"),
     "convert-checkpoint": ("convert", "turn an Orbax checkpoint of openpi into model.safetensors"),
 }
 

@@ -25,6 +25,7 @@ def load_policy(
     backend: str = "auto",
     device: str | None = None,
     precision: str = "bfloat16",
+    prefix_precision: str | None = None,
     compile_mode: str | None = None,
     num_steps: int = flow.DEFAULT_NUM_STEPS,
     default_prompt: str | None = None,
@@ -40,7 +41,8 @@ def load_policy(
         backend: `torch`, `jax`, or `auto`: by what the checkpoint holds.
         device: the backend's name of a device; None: an accelerator where there is one.
         precision: `bfloat16` or `float32`.
-        compile_mode: PyTorch's, e.g. `max-autotune`; eager when None. JAX always compiles.
+        prefix_precision: `fp8`: PyTorch's matrices of vision tower and VLM in FP8; None: as `precision` says.
+        compile_mode: PyTorch's, e.g. `max-autotune`; not compiled when None. JAX always compiles.
         num_steps: flow steps of a request that names none.
         default_prompt: goes before the configuration's.
         max_batch_size: most requests in a model call.
@@ -59,7 +61,8 @@ def load_policy(
     stats = find_norm_stats(config, checkpoint.root)
     prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or resolve(TOKENIZER_URI, data_home=data_home))
     options = {"device": device, "precision": precision, "num_steps": num_steps}
-    model = _load_backend(config, checkpoint, compile_mode, options)
+    only_torch = {"prefix_precision": prefix_precision, "compile_mode": compile_mode}
+    model = _load_backend(config, checkpoint, options, only_torch)
     return Policy(
         config,
         model,
@@ -93,7 +96,7 @@ def find_norm_stats(config: PolicyConfig, checkpoint_root: Path) -> dict[str, No
 
 
 def _load_backend(
-    config: PolicyConfig, checkpoint: Checkpoint, compile_mode: str | None, options: dict[str, Any]
+    config: PolicyConfig, checkpoint: Checkpoint, options: dict[str, Any], only_torch: dict[str, Any]
 ) -> Backend:
     name = checkpoint.layout.value
     try:
@@ -108,7 +111,9 @@ def _load_backend(
         import torch
 
         usual = "cuda" if torch.cuda.is_available() else "cpu"
-        options = {**options, "device": options["device"] or usual, "compile_mode": compile_mode}
+        options = {**options, "device": options["device"] or usual, **only_torch}
+    elif only_torch["prefix_precision"] is not None:
+        raise PolicyConfigError("prefix_precision: is PyTorch's; the JAX backend has none")
     with contextlib.closing(checkpoint.open()) as source:
         backend: Backend = module.load(config.model, source, **options)
     return backend

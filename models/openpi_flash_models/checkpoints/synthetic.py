@@ -48,7 +48,7 @@ def make_checkpoint(
     """
     shapes = jax_shapes(config) if layout == "jax" else torch_shapes(config)
     tensors = {
-        name: _RandomTensor(shape, DTYPES[dtype], *_distribution(name, shape), seed=(seed, zlib.crc32(name.encode())))
+        name: _RandomTensor(shape, DTYPES[dtype], *distribution(name, shape), seed=(seed, zlib.crc32(name.encode())))
         for name, shape in shapes.items()
     }
     with replacing(directory) as partial:
@@ -121,7 +121,7 @@ class _RandomTensor:
         return block
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation: 1/√(fan in) for matrices, so that every layer keeps the size of what it is given."""
     if name in (TORCH_EMBEDDING, JAX_EMBEDDING):
         return 0.0, shape[-1] ** -0.5  # the model multiplies by √width

@@ -1,0 +1,66 @@
+"""What only a GPU can show: kernels as they are compiled, and CUDA graphs. Skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from openpi_flash_models.checkpoints.check import MIN_COSINE
+from openpi_flash_models.checkpoints.safetensors_source import open_torch_source
+from openpi_flash_models.checkpoints.synthetic import make_checkpoint
+from openpi_flash_models.config import GemmaConfig, ModelConfig, ModelType, VisionConfig
+from openpi_flash_models.request import ModelBatch
+from openpi_flash_models.torch import kernels
+from openpi_flash_models.torch.backend import load
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+HEADS = {"depth": 2, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
+
+
+def config(model_type):
+    return ModelConfig(
+        model_type=model_type,
+        vision=VisionConfig(width=144, depth=2, mlp_dim=256, num_heads=2, image_size=56),
+        vlm=GemmaConfig(width=256, mlp_dim=512, **HEADS),
+        expert=GemmaConfig(width=128, mlp_dim=256, **HEADS),
+        vocab_size=512,
+    )
+
+
+def batch_of(size, *, num_views=2, length=32, num_steps=10, seed=0):
+    rng = np.random.default_rng(seed)
+    return ModelBatch(
+        images=rng.integers(0, 256, (size, num_views, 56, 56, 3), np.uint8),
+        tokens=rng.integers(0, 512, (size, length), np.int32),
+        token_mask=np.arange(length) < rng.integers(1, length + 1, (size, 1)),
+        state=rng.standard_normal((size, 32), np.float32),
+        noise=rng.standard_normal((size, 50, 32), np.float32),
+        num_steps=num_steps,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_kernel_works_at_full_size(dtype):
+    device = torch.device("cuda")
+    assert kernels.mismatches(kernels.FUSED, ModelConfig(), device, dtype) == {}
+    assert kernels.choose(ModelConfig(), device, dtype) is kernels.FUSED
+
+
+@pytest.mark.parametrize("options", [{}, {"compile_mode": "default"}, {"prefix_precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("model_type", ModelType)
+def test_recorded_calls_of_many_shapes_give_a_cpus_actions(model_type, options, tmp_path):
+    make_checkpoint(tmp_path / "torch", config(model_type), layout="torch", dtype="float32")
+
+    def load_on(device, **others):
+        return load(config(model_type), open_torch_source(tmp_path / "torch"), device=device, **others)
+
+    exact, fast = load_on("cpu", precision="float32"), load_on("cuda", **options)
+    batches = [batch_of(1), batch_of(3, seed=1), batch_of(1, num_views=0, length=64), batch_of(1, num_steps=4)]
+    first = [fast.sample_actions(batch) for batch in batches]
+    for batch, actions in zip(batches, first, strict=True):
+        expected = exact.sample_actions(batch)
+        cosine = np.vdot(actions, expected) / (np.linalg.norm(actions) * np.linalg.norm(expected))
+        assert cosine >= MIN_COSINE
+        np.testing.assert_array_equal(fast.sample_actions(batch), actions)
+    other = batch_of(1, seed=2)
+    assert np.abs(fast.sample_actions(other) - first[0]).max() > 1e-2
