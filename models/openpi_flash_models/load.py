@@ -29,6 +29,7 @@ def load_policy(
     num_steps: int = flow.DEFAULT_NUM_STEPS,
     default_prompt: str | None = None,
     max_batch_size: int = 1,
+    real_time_chunking: bool = False,
     tokenizer: Path | None = None,
     data_home: Path | None = None,
 ) -> Policy:
@@ -44,6 +45,7 @@ def load_policy(
         num_steps: flow steps of a request that names none.
         default_prompt: goes before the configuration's.
         max_batch_size: most requests in a model call.
+        real_time_chunking: take requests that continue a chunk, too.
         tokenizer: a sentencepiece model; None: the configuration's, else PaliGemma's, fetched when it is not cached.
         data_home: the cache of that; see `resolve`.
 
@@ -68,6 +70,7 @@ def load_policy(
         default_prompt=default_prompt,
         num_steps=num_steps,
         max_batch_size=max_batch_size,
+        real_time_chunking=real_time_chunking,
     )
 
 

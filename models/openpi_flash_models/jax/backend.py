@@ -12,6 +12,7 @@ from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.jax import model
 from openpi_flash_models.jax.weights import read_weights
+from openpi_flash_models.realtime import Method
 from openpi_flash_models.request import ModelBatch
 
 PRECISIONS = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -73,17 +74,32 @@ class JaxBackend:
 
     def sample_actions(self, batch: ModelBatch) -> np.ndarray:
         """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32."""
-        inputs, schedule = self.upload(batch), self._schedule(batch.num_steps)
+        inputs, schedule, continues = self.upload(batch), self._schedule(batch.num_steps), self._continued(batch)
         # float32 is to mean float32: an accelerator's default would round its products to fewer bits.
         with jax.default_matmul_precision("highest"):
-            actions = self._run(self.config, self.weights, schedule, inputs)
+            actions = self._run(self.config, self.weights, schedule, inputs, continues)
         return np.asarray(actions.block_until_ready())
 
     def upload(self, batch: ModelBatch) -> model.Inputs:
         arrays = (batch.images, batch.tokens, batch.token_mask, batch.state, batch.noise)
         return model.Inputs(*jax.device_put(arrays, self.device))
 
+    def _continued(self, batch: ModelBatch) -> model.Guided | model.Committed | None:
+        if batch.continuation is None:
+            return None
+        actions, weights = jax.device_put(tuple(batch.continuation), self.device)
+        if batch.continues is Method.GUIDED:
+            return model.Guided(actions, weights)
+        return model.Committed(actions, weights[..., None] > 0, self._done)
+
+    @functools.cached_property
+    def _done(self) -> model.Schedule:
+        return self._schedule_at(np.zeros(1, np.float32))
+
     def _compute_schedule(self, num_steps: int) -> model.Schedule:
-        embedding = flow.time_embedding(flow.timesteps(num_steps), self.config.expert.width)
+        return self._schedule_at(flow.timesteps(num_steps))
+
+    def _schedule_at(self, times: np.ndarray) -> model.Schedule:
+        embedding = flow.time_embedding(times, self.config.expert.width)
         with jax.default_matmul_precision("highest"):
             return self._make_schedule(self.config, self.time_weights, jax.device_put(embedding, self.device))

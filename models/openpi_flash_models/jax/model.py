@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from openpi_flash_models import flow
+from openpi_flash_models import flow, realtime
 from openpi_flash_models.config import GemmaConfig, ModelConfig
 from openpi_flash_models.pixels import PIXEL_VALUES
 
@@ -79,23 +79,88 @@ class Context(NamedTuple):
         valid: (B, S) bool, the prefix tokens that may be attended to.
         rope: rotation of the suffix tokens.
         state_token: (B, 1, E) float32 in pi0; None in pi0.5.
+        committed: actions that are not for the flow to change; None: all are.
     """
 
     cache: Cache
     valid: Array
     rope: Rope
     state_token: Array | None
+    committed: "Committed | None" = None
 
 
-def sample_actions(config: ModelConfig, weights: Weights, schedule: Schedule, inputs: Inputs) -> Array:
+class Guided(NamedTuple):
+    """Chunks that are continued by guidance: what `realtime.Continuation` has, of a batch."""
+
+    actions: Array
+    weights: Array
+
+
+class Committed(NamedTuple):
+    """Chunks that are continued by a model which was trained for it: their first steps are given.
+
+    Attributes:
+        actions: (B, H, A) float32.
+        mask: (B, H, 1) bool, which of them are given.
+        schedule: one row, of the end of the flow: what given actions meet in every flow step.
+    """
+
+    actions: Array
+    mask: Array
+    schedule: Schedule
+
+
+def sample_actions(
+    config: ModelConfig,
+    weights: Weights,
+    schedule: Schedule,
+    inputs: Inputs,
+    continues: Guided | Committed | None = None,
+) -> Array:
     """Runs the flow from noise to actions, (B, H, A) float32. `config` is static under `jax.jit`."""
     context = prepare(config, weights, inputs)
+    if isinstance(continues, Guided):
+        return sample_guided(config, weights, schedule, inputs.noise, context, continues)
+    if isinstance(continues, Committed):
+        return sample_committed(config, weights, schedule, inputs.noise, context._replace(committed=continues))
     dt = flow.step_size(len(schedule.modulation))
 
     def flow_step(x: Array, step: Schedule) -> tuple[Array, None]:
         return x + dt * velocity(config, weights, x, step, context), None
 
     return lax.scan(flow_step, inputs.noise, schedule)[0]
+
+
+def sample_guided(
+    config: ModelConfig, weights: Weights, schedule: Schedule, noise: Array, context: Context, previous: Guided
+) -> Array:
+    """The flow, at each step drawn towards the chunks before (realtime.py)."""
+    num_steps = len(schedule.modulation)
+    dt, times, guidance = flow.step_size(num_steps), flow.timesteps(num_steps), realtime.guidance(num_steps)
+
+    def flow_step(x: Array, of_step: tuple[Schedule, Array, Array]) -> tuple[Array, None]:
+        step, t, strength = of_step
+
+        def estimate(x: Array) -> tuple[Array, Array]:
+            v = velocity(config, weights, x, step, context)
+            return x - t * v, v
+
+        actions, pull_back, v = jax.vjp(estimate, x, has_aux=True)
+        (correction,) = pull_back(previous.weights[..., None] * (previous.actions - actions))
+        return x + dt * (v - strength * correction), None
+
+    return lax.scan(flow_step, noise, (schedule, times, guidance))[0]
+
+
+def sample_committed(config: ModelConfig, weights: Weights, schedule: Schedule, noise: Array, context: Context) -> Array:
+    """The flow around actions that are given (realtime.py)."""
+    committed, dt = context.committed, flow.step_size(len(schedule.modulation))
+    assert committed is not None  # noqa: S101 - asked for by `sample_actions` alone
+
+    def flow_step(x: Array, step: Schedule) -> tuple[Array, None]:
+        return x + dt * jnp.where(committed.mask, 0, velocity(config, weights, x, step, context)), None
+
+    return lax.scan(flow_step, jnp.where(committed.mask, committed.actions, noise), schedule)[0]
 
 
 def prepare(config: ModelConfig, weights: Weights, inputs: Inputs) -> Context:
@@ -223,28 +288,43 @@ def embed_suffix(weights: Weights, x: Array, step: Schedule, context: Context) -
     actions = linear(weights, "action_in_proj", x)
     if context.state_token is None:
         return actions.astype(dtype)
-    mixed = jax.nn.silu(actions @ weights["action_time_mlp_in"] + step.time_bias)
+    time_bias = step.time_bias
+    if context.committed is not None:
+        time_bias = jnp.where(context.committed.mask, context.committed.schedule.time_bias[0], time_bias)
+    mixed = jax.nn.silu(actions @ weights["action_time_mlp_in"] + time_bias)
     return jnp.concatenate([context.state_token, linear(weights, "action_time_mlp_out", mixed)], 1).astype(dtype)
 
 
 def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
     """Runs the action expert over the suffix tokens; returns its final-normed output (B, n, E)."""
-    gemma = config.expert
+    gemma, committed = config.expert, context.committed
     prefix_mask = context.valid[:, None, None, None, :]
     own_mask = suffix_mask(config)
+    done: Schedule | None = None
+    if committed is not None:
+        done = jax.tree.map(lambda rows: rows[0], committed.schedule)
+        is_done = jnp.pad(committed.mask, ((0, 0), (config.suffix_len - config.action_horizon, 0), (0, 0)))
 
-    def layer_step(x: Array, slices: tuple[Array, Array, Cache]) -> tuple[Array, None]:
-        i, modulation, prefix = slices
+    def of_tokens(rows: Array, rows_done: Array | None) -> Array:
+        """Rows (k, E) of a schedule as tokens meet them: (k, B, n, E) where some are done, for whom others hold."""
+        return rows if rows_done is None else jnp.where(is_done, rows_done[:, None, None], rows[:, None, None])
+
+    # Where this is differentiated no layer's weights are kept for the way back: products are, the rest is done again.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+    def layer_step(x: Array, slices: tuple[Array, Array, Array | None, Cache]) -> tuple[Array, None]:
+        i, modulation, modulation_done, prefix = slices
         layer = layer_at(weights["expert_layers"], i)
-        factor, shift, gate = modulation[0]
+        parts = [of_tokens(modulation[k], None if done is None else modulation_done[k]) for k in range(2)]
+        factor, shift, gate = parts[0]
         q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, factor, shift), context.rope)
         attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)])
         x = (x + dot(attended, layer["out"]) * gate).astype(x.dtype)
-        factor, shift, gate = modulation[1]
+        factor, shift, gate = parts[1]
         return (x + mlp(layer, rms_norm(x, factor, shift)) * gate).astype(x.dtype), None
 
-    x, _ = lax.scan(layer_step, x, (jnp.arange(gemma.depth), step.modulation, context.cache))
-    factor, shift = step.final_modulation
+    layers = (jnp.arange(gemma.depth), step.modulation, None if done is None else done.modulation, context.cache)
+    x, _ = lax.scan(layer_step, x, layers)
+    factor, shift = of_tokens(step.final_modulation, None if done is None else done.final_modulation)
     return rms_norm(x, factor, shift)
 
 
@@ -318,7 +398,7 @@ def attend(q: Array, parts: Sequence[Part]) -> Array:
         part = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
         logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
     # Softmax over all parts at once: they share the maximum and the sum.
-    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits])
+    top = lax.stop_gradient(functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
     weights = [jnp.exp(part - top) for part in logits]
     total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
     mixed = [
