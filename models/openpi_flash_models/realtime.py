@@ -69,8 +69,8 @@ def hard_mask(horizon: int, delay: int) -> np.ndarray:
 def guidance(num_steps: int) -> np.ndarray:
     """What multiplies the correction at each flow step, (num_steps,) float32.
 
-    arXiv 2506.07339, eqs. 2 and 4, min(β, (1 - τ) / (τ r²)) with r² = (1 - τ)² / (τ² + (1 - τ)²), at τ = 1 - t: the paper's
-    time runs from noise at 0 to actions at 1, openpi's from 1 to 0.
+    arXiv 2506.07339, eqs. 2 and 4: min(β, (1 - τ) / (τ r²)) with r² = (1 - τ)² / (τ² + (1 - τ)²), at τ = 1 - t. The
+    paper's time runs from noise at 0 to actions at 1, openpi's from 1 to 0.
     """
     t = flow.timesteps(num_steps).astype(np.float64)
     with np.errstate(divide="ignore"):

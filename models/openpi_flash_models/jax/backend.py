@@ -94,7 +94,7 @@ class JaxBackend:
 
     @functools.cached_property
     def _done(self) -> model.Schedule:
-        return self._schedule_at(np.zeros(1, np.float32))
+        return jax.tree.map(lambda rows: rows[0], self._schedule_at(np.zeros(1, np.float32)))
 
     def _compute_schedule(self, num_steps: int) -> model.Schedule:
         return self._schedule_at(flow.timesteps(num_steps))

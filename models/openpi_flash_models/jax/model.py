@@ -102,12 +102,12 @@ class Committed(NamedTuple):
     Attributes:
         actions: (B, H, A) float32.
         mask: (B, H, 1) bool, which of them are given.
-        schedule: one row, of the end of the flow: what given actions meet in every flow step.
+        done: a row of a schedule, of the end of the flow: what given actions meet in every flow step.
     """
 
     actions: Array
     mask: Array
-    schedule: Schedule
+    done: Schedule
 
 
 def sample_actions(
@@ -117,24 +117,36 @@ def sample_actions(
     inputs: Inputs,
     continues: Guided | Committed | None = None,
 ) -> Array:
-    """Runs the flow from noise to actions, (B, H, A) float32. `config` is static under `jax.jit`."""
-    context = prepare(config, weights, inputs)
+    """Runs the flow from noise to actions, (B, H, A) float32. `config` is static under `jax.jit`.
+
+    Args:
+        config: sizes.
+        weights: of the model.
+        schedule: a row for each flow step.
+        inputs: the batch.
+        continues: the chunks that those of the batch continue (realtime.py); None: they begin afresh.
+    """
+    context, x = prepare(config, weights, inputs), inputs.noise
     if isinstance(continues, Guided):
-        return sample_guided(config, weights, schedule, inputs.noise, context, continues)
-    if isinstance(continues, Committed):
-        return sample_committed(config, weights, schedule, inputs.noise, context._replace(committed=continues))
+        return sample_guided(config, weights, schedule, context, noise=x, previous=continues)
+    if continues is not None:
+        context, x = context._replace(committed=continues), jnp.where(continues.mask, continues.actions, x)
     dt = flow.step_size(len(schedule.modulation))
 
     def flow_step(x: Array, step: Schedule) -> tuple[Array, None]:
-        return x + dt * velocity(config, weights, x, step, context), None
+        v = velocity(config, weights, x, step, context)
+        return x + dt * (v if continues is None else jnp.where(continues.mask, 0, v)), None
 
-    return lax.scan(flow_step, inputs.noise, schedule)[0]
+    return lax.scan(flow_step, x, schedule)[0]
 
 
 def sample_guided(
-    config: ModelConfig, weights: Weights, schedule: Schedule, noise: Array, context: Context, previous: Guided
+    config: ModelConfig, weights: Weights, schedule: Schedule, context: Context, *, noise: Array, previous: Guided
 ) -> Array:
-    """The flow, at each step drawn towards the chunks before (realtime.py)."""
+    """The flow, at each step drawn towards the chunks before: the velocity, corrected by a vector-Jacobian product.
+
+    arXiv 2506.07339, eqs. 2 and 3; openpi's velocity points from actions to noise, the paper's the other way.
+    """
     num_steps = len(schedule.modulation)
     dt, times, guidance = flow.step_size(num_steps), flow.timesteps(num_steps), realtime.guidance(num_steps)
 
@@ -149,18 +161,7 @@ def sample_guided(
         (correction,) = pull_back(previous.weights[..., None] * (previous.actions - actions))
         return x + dt * (v - strength * correction), None
 
-    return lax.scan(flow_step, noise, (schedule, times, guidance))[0]
-
-
-def sample_committed(config: ModelConfig, weights: Weights, schedule: Schedule, noise: Array, context: Context) -> Array:
-    """The flow around actions that are given (realtime.py)."""
-    committed, dt = context.committed, flow.step_size(len(schedule.modulation))
-    assert committed is not None  # noqa: S101 - asked for by `sample_actions` alone
-
-    def flow_step(x: Array, step: Schedule) -> tuple[Array, None]:
-        return x + dt * jnp.where(committed.mask, 0, velocity(config, weights, x, step, context)), None
-
-    return lax.scan(flow_step, jnp.where(committed.mask, committed.actions, noise), schedule)[0]
+    return lax.scan(flow_step, noise, (schedule, jnp.asarray(times), jnp.asarray(guidance)))[0]
 
 
 def prepare(config: ModelConfig, weights: Weights, inputs: Inputs) -> Context:
@@ -288,9 +289,10 @@ def embed_suffix(weights: Weights, x: Array, step: Schedule, context: Context) -
     actions = linear(weights, "action_in_proj", x)
     if context.state_token is None:
         return actions.astype(dtype)
-    time_bias = step.time_bias
-    if context.committed is not None:
-        time_bias = jnp.where(context.committed.mask, context.committed.schedule.time_bias[0], time_bias)
+    time_bias, committed = step.time_bias, context.committed
+    if committed is not None:
+        assert time_bias is not None and committed.done.time_bias is not None  # noqa: S101 - of pi0
+        time_bias = jnp.where(committed.mask, committed.done.time_bias, time_bias)
     mixed = jax.nn.silu(actions @ weights["action_time_mlp_in"] + time_bias)
     return jnp.concatenate([context.state_token, linear(weights, "action_time_mlp_out", mixed)], 1).astype(dtype)
 
@@ -300,9 +302,8 @@ def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedu
     gemma, committed = config.expert, context.committed
     prefix_mask = context.valid[:, None, None, None, :]
     own_mask = suffix_mask(config)
-    done: Schedule | None = None
+    done = None if committed is None else committed.done
     if committed is not None:
-        done = jax.tree.map(lambda rows: rows[0], committed.schedule)
         is_done = jnp.pad(committed.mask, ((0, 0), (config.suffix_len - config.action_horizon, 0), (0, 0)))
 
     def of_tokens(rows: Array, rows_done: Array | None) -> Array:
@@ -314,7 +315,7 @@ def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedu
     def layer_step(x: Array, slices: tuple[Array, Array, Array | None, Cache]) -> tuple[Array, None]:
         i, modulation, modulation_done, prefix = slices
         layer = layer_at(weights["expert_layers"], i)
-        parts = [of_tokens(modulation[k], None if done is None else modulation_done[k]) for k in range(2)]
+        parts = [of_tokens(modulation[k], None if modulation_done is None else modulation_done[k]) for k in range(2)]
         factor, shift, gate = parts[0]
         q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, factor, shift), context.rope)
         attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)])

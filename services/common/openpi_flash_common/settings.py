@@ -126,6 +126,10 @@ class ActionSettings(ModelSettings):
         default="auto", description="auto: by what the checkpoint contains."
     )
     num_steps: int = Field(default=10, ge=1, le=100, description="Flow steps of a request that names none.")
+    real_time_chunking: bool = Field(
+        default=False,
+        description="Let requests continue a previous chunk; the shapes to be warmed up are then twice as many.",
+    )
     grpc_port: Port = Field(default=50052, description="gRPC port of ActionService.")
 
 
