@@ -1,6 +1,7 @@
 """Loads, compiles and runs the JAX model."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.jax import model
+from openpi_flash_models.jax.compilation import keep_programs
 from openpi_flash_models.jax.weights import read_weights
 from openpi_flash_models.realtime import Method
 from openpi_flash_models.request import ModelBatch
@@ -28,6 +30,8 @@ def load(
     device: str | None = None,
     precision: str = "bfloat16",
     num_steps: int = flow.DEFAULT_NUM_STEPS,
+    compilation_cache: Path | None = None,
+    data_home: Path | None = None,
 ) -> "JaxBackend":
     """Builds a model from a checkpoint. Host memory never holds more than the weights and, briefly, one leaf twice.
 
@@ -37,12 +41,15 @@ def load(
         device: a JAX platform, e.g. `cuda` or `cpu`; JAX's own choice when None.
         precision: `bfloat16` (mixed, see model.py) or `float32`.
         num_steps: the number of flow steps to prepare for. Others are prepared when first asked for.
+        compilation_cache: where compiled programs are kept; None: see `keep_programs`.
+        data_home: the same.
 
     Raises:
         CheckpointError: a leaf is missing or misshaped.
-        PolicyConfigError: an unknown precision, or a device that is not there.
+        PolicyConfigError: an unknown precision, a device that is not there, or a cache that cannot be written to.
     """
     chosen, dtype = parse_placement(device, precision)
+    keep_programs(chosen, compilation_cache, data_home)
     weights = read_weights(config, source, dtype, chosen)
     return JaxBackend(config, weights, chosen, num_steps=num_steps)
 
@@ -58,7 +65,12 @@ def parse_placement(device: str | None, precision: str) -> tuple[jax.Device, np.
 
 
 class JaxBackend:
-    """A loaded JAX model on one device. Each shape compiles at its first call. Not thread-safe."""
+    """A loaded JAX model on one device. Each shape compiles at its first call. Not thread-safe.
+
+    Attributes:
+        weights: on the device.
+        time_weights: what schedules alone are made of, adaptive norms above all, in host memory: no request reads it.
+    """
 
     name = "jax"
 

@@ -1,8 +1,9 @@
 """Settings of every service: one JSON file, overridden by `OPENPI_` environment variables, parsed once.
 
 `OPENPI_ACTION__CHECKPOINT_DIR` overrides `action.checkpoint_dir`: `__` nests, case does not matter, an empty value
-counts as unset, and lists or whole sections are given as JSON. `OPENPI_DATA_HOME` and `OPENPI_PYTORCH_COMPILE_MODE`
-follow the same rule. Unknown keys are errors; variables that name no section (Kubernetes makes some) are ignored.
+counts as unset, and lists or whole sections are given as JSON. `OPENPI_DATA_HOME`, `OPENPI_PYTORCH_COMPILE_MODE` and
+`OPENPI_JAX_COMPILATION_CACHE_DIR` follow the same rule. Unknown keys are errors; variables that name no section
+(Kubernetes makes some) are ignored.
 """
 
 import difflib
@@ -346,6 +347,12 @@ class EngineSettings(_Section):
     )
     pytorch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
         Field(None, description="Mode of torch.compile; null: not compiled.")
+    )
+    jax_compilation_cache_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = Field(
+        default=None,
+        description="Where JAX keeps compiled programs from one start to the next; null: in compiled/jax below "
+        "data_home, and for a CPU nowhere. One that is named is used for a CPU as well: do not share it between "
+        "machines.",
     )
 
     @model_validator(mode="after")
