@@ -21,12 +21,10 @@ from jax import Array, lax
 
 from openpi_flash_models import flow, realtime
 from openpi_flash_models.config import GemmaConfig, ModelConfig
+from openpi_flash_models.jax.attention import Part, attend, attend_all
 from openpi_flash_models.pixels import PIXEL_VALUES
 
 Weights = dict[str, Any]
-
-Part = tuple[Array, Array, Array | None]
-"""Keys and values that lie in one place, and which of them may be attended to; see `attend`."""
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-6
@@ -225,55 +223,70 @@ def vision_block(config: ModelConfig, block: Weights, x: Array) -> Array:
     normed = layer_norm(x, block["norm1_scale"], block["norm1_bias"])
     qkv = (dot(normed, block["qkv"]) + block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    x = x + dot(attend(q, [(k, v, None)]), block["out"]) + block["out_bias"]
+    x = x + dot(attend_all(q, k, v, None), block["out"]) + block["out_bias"]
     normed = layer_norm(x, block["norm2_scale"], block["norm2_bias"])
     inner = jax.nn.gelu(dot(normed, block["fc1"]) + block["fc1_bias"], approximate=True)
     return x + dot(inner, block["fc2"]) + block["fc2_bias"]
 
 
-def prefix_forward(
-    config: ModelConfig, weights: Weights, x: Array, valid: Array, *, hidden: bool = False
-) -> tuple[Cache, Array | None]:
-    """Runs the VLM over the prefix.
+def prefix_forward(config: ModelConfig, weights: Weights, x: Array, valid: Array) -> tuple[Cache, Array]:
+    """Runs the VLM over the prefix, up to the keys and values of its last layer: the actions need no more.
 
     Args:
         config: sizes.
         weights: of the whole model.
         x: (B, S, D) prefix tokens. Padding is on the right, so that positions count up from 0.
         valid: (B, S) bool.
-        hidden: also compute the final-normed output. The actions do not need it, nor most of the last layer.
 
     Returns:
-        The cache of the S prefix tokens, and (B, S, D) or None.
+        The cache of the S prefix tokens, and the tokens before the last layer (B, S, D), for `prefix_output`.
     """
     gemma, layers = config.vlm, weights["vlm_layers"]
-    rope = rope_table(jnp.arange(x.shape[1])[None], gemma.head_dim)
-    mask = valid[:, None, None, None, :]
-
-    def whole_layer(x: Array, i: Array | int) -> tuple[Array, Cache]:
-        return vlm_layer(gemma, layer_at(layers, i), x, rope, mask=mask)
-
+    rope, lengths = rope_table(jnp.arange(x.shape[1])[None], gemma.head_dim), valid.sum(1, dtype=jnp.int32)
     last = gemma.depth - 1
-    x, cache = lax.scan(whole_layer, x, jnp.arange(last))
-    if hidden:
-        x, last_cache = whole_layer(x, last)
-    else:
-        layer = layer_at({name: layers[name] for name in ("norm1", "qkv")}, last)
-        last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
-    cache = jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache)
-    return cache, rms_norm(x, 1 + weights["vlm_norm"]) if hidden else None
+    x, cache = lax.scan(
+        lambda x, i: vlm_layer(gemma, layer_at(layers, i), x, rope, lengths=lengths), x, jnp.arange(last)
+    )
+    layer = layer_at({name: layers[name] for name in ("norm1", "qkv")}, last)
+    last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
+    return jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache), x
+
+
+def prefix_output(
+    config: ModelConfig, weights: Weights, x: Array, positions: Array, *, cache: Cache, valid: Array
+) -> Array:
+    """The VLM's final-normed output (B, n, D) at some tokens of the prefix.
+
+    Args:
+        config: sizes.
+        weights: of the whole model.
+        x: (B, n, D) these tokens before the last layer.
+        positions: (B or 1, n), theirs.
+        cache: of the prefix.
+        valid: (B, S) bool.
+    """
+    gemma, layer = config.vlm, layer_at(weights["vlm_layers"], config.vlm.depth - 1)
+    q, _, _ = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope_table(positions, gemma.head_dim))
+    x = x + dot(attend(q, [(cache.keys[-1], cache.values[-1], valid[:, None, None, None, :])]), layer["out"])
+    return rms_norm(x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), 1 + weights["vlm_norm"])
 
 
 def vlm_layer(
-    gemma: GemmaConfig, layer: Weights, x: Array, rope: Rope, *, mask: Array | None, earlier: Sequence[Part] = ()
+    gemma: GemmaConfig,
+    layer: Weights,
+    x: Array,
+    rope: Rope,
+    *,
+    lengths: Array | None = None,
+    earlier: Sequence[Part] = (),
 ) -> tuple[Array, Cache]:
-    """One layer of the VLM over tokens (B, T, D), which see `earlier` ones and, as `mask` allows, each other.
+    """One layer of the VLM over tokens (B, T, D), which see `earlier` ones, or else the first `lengths` of each other.
 
     Returns:
         The tokens after it, and their keys and values (B, T, K, h).
     """
     q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
-    x = x + dot(attend(q, [*earlier, (k, v, mask)]), layer["out"])
+    x = x + dot(attend(q, [*earlier, (k, v, None)]) if earlier else attend_all(q, k, v, lengths), layer["out"])
     return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
 
 
@@ -379,34 +392,6 @@ def project_kv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Ar
     """What `project_qkv` does, without the queries."""
     kv = dot(x, qkv[:, gemma.num_heads * gemma.head_dim :]).reshape(*x.shape[:2], 2, gemma.num_kv_heads, gemma.head_dim)
     return rotate(kv[:, :, 0], rope), kv[:, :, 1]
-
-
-def attend(q: Array, parts: Sequence[Part]) -> Array:
-    """Attention of queries (B, T, N, h) over keys that lie in several places, without bringing them together.
-
-    Args:
-        q: queries; head n reads key/value head n // (N/K).
-        parts: keys and values (B, S, K, h) and what may be attended to, broadcastable to (B, K, N/K, T, S), or None.
-            Every query must be allowed some key.
-
-    Returns:
-        (B, T, N·h) in the dtype of q.
-    """
-    batch, length, num_heads, head_dim = q.shape
-    q = q.reshape(batch, length, parts[0][0].shape[2], -1, head_dim)
-    logits = []
-    for keys, _, mask in parts:
-        part = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-        logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
-    # Softmax over all parts at once: they share the maximum and the sum.
-    top = lax.stop_gradient(functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
-    weights = [jnp.exp(part - top) for part in logits]
-    total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
-    mixed = [
-        jnp.einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values, preferred_element_type=jnp.float32)
-        for part, (_, values, _) in zip(weights, parts, strict=True)
-    ]
-    return functools.reduce(jnp.add, mixed).astype(q.dtype).reshape(batch, length, num_heads * head_dim)
 
 
 def mlp(layer: Weights, x: Array) -> Array:

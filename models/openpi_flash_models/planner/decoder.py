@@ -59,9 +59,9 @@ class Draft(NamedTuple):
         Raises:
             ModelsError: the model gave NaN or infinity, of which no text can be made.
         """
-        if not np.asarray(self.written.sound).all():
+        sound, tokens, lengths = jax.device_get((self.written.sound, self.written.tokens, self.written.lengths))
+        if not sound.all():
             raise ModelsError("the planner's logits are not finite; its weights or its precision are at fault")
-        tokens, lengths = np.asarray(self.written.tokens), np.asarray(self.written.lengths)
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
