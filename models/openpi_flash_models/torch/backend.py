@@ -10,8 +10,10 @@ from openpi_flash_models import flow
 from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
+from openpi_flash_models.realtime import Method
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.model import Inputs, Pi0, Schedule
+from openpi_flash_models.torch.realtime import sample_committed, sample_guided
 from openpi_flash_models.torch.weights import read_model
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -78,7 +80,13 @@ class TorchBackend:
         self._schedule(num_steps)
 
     def sample_actions(self, batch: ModelBatch) -> np.ndarray:
-        """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32."""
+        """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32.
+
+        Chunks that continue others are computed eagerly, whatever the compile mode.
+        """
+        if batch.continuation is not None:
+            with torch.no_grad():
+                return self._continue(batch, *map(self._to_device, batch.continuation)).cpu().numpy()
         with torch.inference_mode():
             return self._run(self.upload(batch), self._schedule(batch.num_steps)).cpu().numpy()
 
@@ -86,10 +94,23 @@ class TorchBackend:
         arrays = (batch.images, batch.tokens, batch.token_mask, batch.state, batch.noise)
         return Inputs(*map(self._to_device, arrays))
 
+    def _continue(self, batch: ModelBatch, actions: Tensor, weights: Tensor) -> Tensor:
+        inputs, schedule = self.upload(batch), self._schedule(batch.num_steps)
+        if batch.continues is Method.GUIDED:
+            return sample_guided(self.model, inputs, schedule, actions, weights)
+        return sample_committed(self.model, inputs, schedule, done=self._done, actions=actions, weights=weights)
+
+    @functools.cached_property
+    def _done(self) -> Schedule:
+        return self._schedule_at(np.zeros(1, np.float32))
+
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _compute_schedule(self, num_steps: int) -> Schedule:
-        with torch.inference_mode():
-            embedding = flow.time_embedding(flow.timesteps(num_steps), self.config.expert.width)
+        return self._schedule_at(flow.timesteps(num_steps))
+
+    def _schedule_at(self, times: np.ndarray) -> Schedule:
+        with torch.no_grad():  # and not in inference mode: guidance goes back through what a schedule takes part in
+            embedding = flow.time_embedding(times, self.config.expert.width)
             return self.model.schedule(self._to_device(embedding))
