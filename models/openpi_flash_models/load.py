@@ -25,6 +25,7 @@ def load_policy(
     backend: str = "auto",
     device: str | None = None,
     precision: str = "bfloat16",
+    prefix_precision: str | None = None,
     compile_mode: str | None = None,
     num_steps: int = flow.DEFAULT_NUM_STEPS,
     default_prompt: str | None = None,
@@ -42,7 +43,8 @@ def load_policy(
         backend: `torch`, `jax`, or `auto`: by what the checkpoint holds.
         device: the backend's name of a device; None: an accelerator where there is one.
         precision: `bfloat16` or `float32`.
-        compile_mode: PyTorch's, e.g. `max-autotune`; eager when None. JAX always compiles.
+        prefix_precision: `fp8`: PyTorch's matrices of vision tower and VLM in FP8; None: as `precision` says.
+        compile_mode: PyTorch's, e.g. `max-autotune`; not compiled when None. JAX always compiles.
         num_steps: flow steps of a request that names none.
         default_prompt: goes before the configuration's.
         max_batch_size: most requests in a model call.
@@ -65,9 +67,11 @@ def load_policy(
     prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or resolve(TOKENIZER_URI, data_home=data_home))
     options = {"device": device, "precision": precision, "num_steps": num_steps}
     own_options: dict[Layout, dict[str, Any]] = {
-        Layout.TORCH: {"compile_mode": compile_mode},
+        Layout.TORCH: {"prefix_precision": prefix_precision, "compile_mode": compile_mode},
         Layout.JAX: {"compilation_cache": compilation_cache, "data_home": data_home},
     }
+    if prefix_precision is not None and checkpoint.layout is not Layout.TORCH:
+        raise PolicyConfigError("prefix_precision: is PyTorch's; the JAX backend has none")
     model = _load_backend(config, checkpoint, options | own_options[checkpoint.layout])
     return Policy(
         config,

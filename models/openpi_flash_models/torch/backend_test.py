@@ -18,7 +18,7 @@ from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.backend import KEPT_SCHEDULES, load
 from openpi_flash_models.torch.model import Inputs, Pi0
-from openpi_flash_models.torch.weights import slots
+from openpi_flash_models.torch.weights import folds, slots
 
 NAMES = json.loads((Path(__file__).parents[3] / "tests/data/golden/parameter_names.json").read_text())
 UNREAD = {
@@ -73,10 +73,14 @@ def load_tiny(config, folder, **options):
 
 @pytest.mark.parametrize("model_type", ModelType)
 def test_a_full_size_model_reads_exactly_openpis_tensors(model_type):
-    wanted = {name: tuple(tensor.shape) for name, tensor in slots(full_size(model_type))}
+    model = full_size(model_type)
+    wanted = {name: tuple(tensor.shape) for name, tensor in slots(model)}
+    for fold in folds(model):
+        shape = (fold.into.weight.shape[1],)
+        wanted |= {fold.scale: shape} | ({fold.bias: shape} if fold.bias else {})
     openpi = {name: tuple(shape) for name, (shape, _) in NAMES[f"torch_{model_type}"].items() if name not in UNREAD}
     assert wanted == openpi
-    assert wanted == torch_shapes(full_size(model_type).config)
+    assert wanted == torch_shapes(model.config)
 
 
 @pytest.mark.parametrize("model_type", ModelType)
@@ -125,7 +129,9 @@ def test_a_compiler_sees_one_graph_per_shape_and_takes_many_shapes(checkpoints, 
     batches.append(tiny_batch(num_steps=2))
     for batch in (*batches, *batches):
         np.testing.assert_array_equal(compiled.sample_actions(batch), eager.sample_actions(batch))
-    assert len(graphs) == len(batches)
+    # A flow step is one graph for each length of the prefix, however many steps there are.
+    prefix_lengths = {4 * batch.images.shape[1] + batch.tokens.shape[1] for batch in batches}
+    assert len(graphs) == len(batches) - 1 + len(prefix_lengths)
 
 
 def test_an_unknown_compile_mode_is_refused(checkpoints):

@@ -45,6 +45,7 @@ def load(settings: EngineSettings, action: ActionSettings) -> Policy:
         backend=action.backend,
         device=None if action.device == "auto" else action.device,
         precision=action.precision,
+        prefix_precision=action.prefix_precision,
         compile_mode=settings.pytorch_compile_mode,
         num_steps=action.num_steps,
         default_prompt=action.default_prompt,

@@ -126,6 +126,11 @@ class ActionSettings(ModelSettings):
     backend: Literal["auto", "torch", "jax"] = Field(
         default="auto", description="auto: by what the checkpoint contains."
     )
+    prefix_precision: Literal["fp8"] | None = Field(
+        default=None,
+        description="`fp8`: matrices of vision tower and VLM in FP8, with PyTorch on a GPU from Ada on; refused at the"
+        " start where it moves the actions too far. null: as precision.",
+    )
     num_steps: int = Field(default=10, ge=1, le=100, description="Flow steps of a request that names none.")
     real_time_chunking: bool = Field(
         default=False,
@@ -346,7 +351,7 @@ class EngineSettings(_Section):
         default=Path("~/.cache/openpi"), description="Where downloads are cached.", validate_default=True
     )
     pytorch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
-        Field(None, description="Mode of torch.compile; null: not compiled.")
+        Field(None, description="Mode of torch.compile; null: not compiled. On a GPU all run in CUDA graphs.")
     )
     jax_compilation_cache_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = Field(
         default=None,

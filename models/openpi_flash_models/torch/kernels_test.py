@@ -1,0 +1,82 @@
+"""Each Triton kernel against plain PyTorch, under Triton's interpreter, which runs kernels on a CPU.
+
+Triton decides when it is imported whether it interprets, so that these tests run in a process of their own, which the
+last one starts.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
+from openpi_flash_models.torch import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+CPU = torch.device("cpu")
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def config(*, num_kv_heads=1, head_dim=10):
+    heads = {"depth": 1, "num_heads": 4, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    return ModelConfig(
+        vision=VisionConfig(width=12, depth=1, mlp_dim=20, num_heads=3, image_size=28),
+        vlm=GemmaConfig(width=37, mlp_dim=53, **heads),
+        expert=GemmaConfig(width=128, mlp_dim=1030, **heads),
+        vocab_size=64,
+    )
+
+
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "add_rms_norm", "rotate_into_cache", "geglu", "attend_suffix", "quantise_rows"]
+)
+def test_a_wrong_kernel_is_found(op):
+    def wrong(*arguments):
+        result = getattr(kernels.REFERENCE, op)(*arguments)
+        first = result if isinstance(result, torch.Tensor) else result[-1]
+        first[0] = 1.5
+        return result
+
+    ops = kernels.REFERENCE._replace(**{op: wrong})
+    assert op in kernels.mismatches(ops, config(), CPU, torch.float32)
+    assert kernels.mismatches(kernels.REFERENCE, config(), CPU, torch.float32) == []
+
+
+def test_a_cpu_has_no_use_for_them():
+    assert kernels.choose(config(), CPU, torch.bfloat16) is kernels.REFERENCE
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("sizes", [{}, {"num_kv_heads": 2, "head_dim": 16}, {"num_kv_heads": 4}], ids=str)
+    def test_every_kernel_gives_what_plain_pytorch_gives(dtype, sizes):
+        # FlashAttention is PyTorch's own, and no CPU has it.
+        fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix)
+        if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
+            fused = fused._replace(attend_prefix=kernels.attend, attend_suffix=kernels.attend)
+        assert kernels.mismatches(fused, config(**sizes), CPU, dtype) == []
+
+    @pytest.mark.parametrize("num_splits", [1, 3, 16])
+    @pytest.mark.parametrize("length", [1, 33, 97])
+    def test_attention_sees_the_valid_keys_and_no_other_however_they_are_shared_out(num_splits, length):
+        generator = torch.Generator().manual_seed(0)
+        q, cache = torch.randn(1, 3, 4, 16, generator=generator), torch.randn(2, 1, 100, 2, 16, generator=generator)
+        lengths = torch.tensor([length], dtype=torch.int32)
+        expected = kernels.attend(q, cache, lengths)
+        cache[:, :, length:] = torch.nan  # a kernel has no business there
+        actual = kernels.fused_attend_suffix(q, cache, lengths, num_splits=num_splits)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+else:
+
+    @pytest.mark.skipif(kernels.triton is None, reason="Triton has no package for this platform")
+    def test_kernels_under_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        run = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
