@@ -71,7 +71,7 @@ class RealTimePolicy:
         self._prompt: Any = ""
         self._chunk: dict[str, Any] | None = None
         self._step = 0  # of the chunk, the next
-        self._next: concurrent.futures.Future[dict[str, Any]] | None = None
+        self._next: concurrent.futures.Future[tuple[dict[str, Any], float]] | None = None
         self._age = 0  # steps since the next chunk was asked for
 
     @property
@@ -101,11 +101,11 @@ class RealTimePolicy:
             self._wait(obs, options)
         chunk, step = self._chunk, self._step
         assert chunk is not None  # noqa: S101 - waited for above, or raised
-        if self._next is None and step >= max(self._execution_horizon, self.delay):
-            left = len(chunk["actions"]) - step
+        delay = self.delay
+        if self._next is None and step >= max(self._execution_horizon, delay):
             continued = {
                 "previous_actions": chunk["actions"],
-                "inference_delay": min(self.delay, left),
+                "inference_delay": min(delay, len(chunk["actions"]) - step),
                 "execution_horizon": step,
             }
             self._next = self._executor.submit(self._ask, {**obs, **continued}, options)
@@ -135,29 +135,33 @@ class RealTimePolicy:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, obs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, obs: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+        """A chunk, and the seconds that it took."""
         started = self._clock()
         chunk = self._policy.infer(obs, **options)
-        self._latencies.append(self._clock() - started)
+        latency = self._clock() - started
         if np.ndim(chunk["actions"]) != 2:
-            raise ValueError(
-                "the policy gives steps; whole chunks, of a policy without open_loop_horizon, are expected"
-            )
-        return chunk
+            raise ValueError("the policy gives single steps; one without an open_loop_horizon is expected")
+        return chunk, latency
 
     def _take_over(self) -> None:
         """The chunk that was asked for becomes the chunk, unless it failed: then another one is asked for."""
         asked, self._next = self._next, None
         assert asked is not None  # noqa: S101 - the callers' condition
-        if asked.exception() is None and self._age < len(asked.result()["actions"]):
-            self._chunk, self._step = asked.result(), self._age
+        if asked.exception() is None:
+            chunk, latency = asked.result()
+            self._latencies.append(latency)
+            if self._age < len(chunk["actions"]):
+                self._chunk, self._step = chunk, self._age
 
     def _wait(self, obs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         ended, self._chunk = self._chunk, None
         if self._next is not None and ended is not None:
             self._take_over()  # waits
         if self._chunk is None:
-            self._chunk, self._step = self._ask(obs, options), 0
+            self._chunk, latency = self._ask(obs, options)
+            self._latencies.append(latency)
+            self._step = 0
 
     def _drop(self) -> None:
         asked, self._chunk, self._next = self._next, None, None
