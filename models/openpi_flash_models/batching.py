@@ -9,11 +9,12 @@ from openpi_flash_models.errors import PolicyConfigError
 
 
 class WarmUpShape(NamedTuple):
-    """Shape of one model call."""
+    """Shape of one model call. `continues`: of chunks that continue others."""
 
     batch_size: int
     num_views: int
     prompt_bucket: int
+    continues: bool = False
 
 
 class Batchable(Protocol):

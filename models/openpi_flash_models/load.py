@@ -30,7 +30,9 @@ def load_policy(
     num_steps: int = flow.DEFAULT_NUM_STEPS,
     default_prompt: str | None = None,
     max_batch_size: int = 1,
+    real_time_chunking: bool = False,
     tokenizer: Path | None = None,
+    compilation_cache: Path | None = None,
     data_home: Path | None = None,
 ) -> Policy:
     """Loads weights, statistics and tokenizer. Nothing is compiled yet: see `Policy.warm_up`.
@@ -46,8 +48,11 @@ def load_policy(
         num_steps: flow steps of a request that names none.
         default_prompt: goes before the configuration's.
         max_batch_size: most requests in a model call.
+        real_time_chunking: take requests that continue a chunk, too.
         tokenizer: a sentencepiece model; None: the configuration's, else PaliGemma's, fetched when it is not cached.
-        data_home: the cache of that; see `resolve`.
+        compilation_cache: where JAX keeps compiled programs; None: below `data_home` where that is given, and for a CPU
+            nowhere.
+        data_home: the cache of the tokenizer; see `resolve`.
 
     Raises:
         CheckpointError: weights, statistics or tokenizer are missing or do not fit.
@@ -61,8 +66,13 @@ def load_policy(
     stats = find_norm_stats(config, checkpoint.root)
     prompt_tokenizer = PromptTokenizer(tokenizer or config.tokenizer or resolve(TOKENIZER_URI, data_home=data_home))
     options = {"device": device, "precision": precision, "num_steps": num_steps}
-    only_torch = {"prefix_precision": prefix_precision, "compile_mode": compile_mode}
-    model = _load_backend(config, checkpoint, options, only_torch)
+    own_options: dict[Layout, dict[str, Any]] = {
+        Layout.TORCH: {"prefix_precision": prefix_precision, "compile_mode": compile_mode},
+        Layout.JAX: {"compilation_cache": compilation_cache, "data_home": data_home},
+    }
+    if prefix_precision is not None and checkpoint.layout is not Layout.TORCH:
+        raise PolicyConfigError("prefix_precision: is PyTorch's; the JAX backend has none")
+    model = _load_backend(config, checkpoint, options | own_options[checkpoint.layout])
     return Policy(
         config,
         model,
@@ -71,6 +81,7 @@ def load_policy(
         default_prompt=default_prompt,
         num_steps=num_steps,
         max_batch_size=max_batch_size,
+        real_time_chunking=real_time_chunking,
     )
 
 
@@ -95,9 +106,7 @@ def find_norm_stats(config: PolicyConfig, checkpoint_root: Path) -> dict[str, No
     raise CheckpointError(f"{config.name}: no normalisation statistics; tried {' and '.join(map(str, tried))}")
 
 
-def _load_backend(
-    config: PolicyConfig, checkpoint: Checkpoint, options: dict[str, Any], only_torch: dict[str, Any]
-) -> Backend:
+def _load_backend(config: PolicyConfig, checkpoint: Checkpoint, options: dict[str, Any]) -> Backend:
     name = checkpoint.layout.value
     try:
         module = importlib.import_module(f"openpi_flash_models.{name}.backend")
@@ -111,9 +120,7 @@ def _load_backend(
         import torch
 
         usual = "cuda" if torch.cuda.is_available() else "cpu"
-        options = {**options, "device": options["device"] or usual, **only_torch}
-    elif only_torch["prefix_precision"] is not None:
-        raise PolicyConfigError("prefix_precision: is PyTorch's; the JAX backend has none")
+        options = {**options, "device": options["device"] or usual}
     with contextlib.closing(checkpoint.open()) as source:
         backend: Backend = module.load(config.model, source, **options)
     return backend

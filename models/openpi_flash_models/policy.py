@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openpi_flash_models import flow
-from openpi_flash_models.actions import make_mask, to_absolute
+from openpi_flash_models import flow, realtime
+from openpi_flash_models.actions import make_mask, to_absolute, to_delta
 from openpi_flash_models.batching import BatchedModel, WarmUpShape
 from openpi_flash_models.errors import CheckpointError, InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.normalize import Normalization, Normalizer, NormStats
@@ -68,6 +68,7 @@ class Policy(BatchedModel):
         backend: the loaded model.
         default_prompt: used when an observation has none; None: the prompt is required.
         default_num_steps: flow steps of a request that names none.
+        continues: how a chunk continues the one before it; None: requests that ask for it are refused.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Policy(BatchedModel):
         default_prompt: str | None = None,
         num_steps: int = flow.DEFAULT_NUM_STEPS,
         max_batch_size: int = 1,
+        real_time_chunking: bool = False,
     ) -> None:
         """Puts the parts together.
 
@@ -91,6 +93,7 @@ class Policy(BatchedModel):
             default_prompt: goes before the configuration's.
             num_steps: flow steps of a request that names none.
             max_batch_size: most requests in a model call.
+            real_time_chunking: take requests that continue a chunk, too, and warm up for them.
 
         Raises:
             CheckpointError: statistics or vocabulary do not fit.
@@ -106,6 +109,7 @@ class Policy(BatchedModel):
         self.backend = backend
         self.default_prompt = config.default_prompt if default_prompt is None else default_prompt
         self.default_num_steps = num_steps
+        self.continues = config.real_time_chunking if real_time_chunking else None
         self._tokenizer = tokenizer
         self._state_normalizer, self._action_normalizer = _normalizers(config, stats)
         self._delta_mask = make_mask(config.delta_action_mask) if config.delta_action_mask else None
@@ -164,6 +168,9 @@ class Policy(BatchedModel):
         seed: int | None = None,
         noise: np.ndarray | None = None,
         num_steps: int | None = None,
+        previous_actions: np.ndarray | None = None,
+        inference_delay: int | None = None,
+        execution_horizon: int | None = None,
     ) -> PreparedPolicyRequest:
         """Checks an observation and makes the model's inputs of it.
 
@@ -173,6 +180,11 @@ class Policy(BatchedModel):
             seed: 0 to 2**64 - 1, for repeatable noise.
             noise: (action_horizon, action_dim), in place of a seed.
             num_steps: flow steps, 1 to 100; None: the policy's default.
+            previous_actions: the chunk to be continued, (action_horizon, robot_action_dim) as `finish` gave it; None: a
+                chunk that begins afresh. The two numbers below come with it.
+            inference_delay: d, steps that will be carried out until the new chunk is there.
+            execution_horizon: s, steps of `previous_actions` that had been carried out when the observation was taken:
+                row i of the new chunk continues row s + i. At least 1 and d, at most action_horizon - d.
 
         Raises:
             InvalidObservationError: something is missing, unknown, malformed or out of range; names the entry.
@@ -188,14 +200,22 @@ class Policy(BatchedModel):
         tokens = self._tokens(parse_prompt(prompt, self.default_prompt), state)
         images = self._resize(robot_inputs.images)
         steps = self.default_num_steps if num_steps is None else _parse_num_steps(num_steps)
+        continuation = self._continuation(previous_actions, inference_delay, execution_horizon, robot_inputs.state)
         request = PreparedRequest(
             images=images,
             tokens=tokens,
             state=padded,
             noise=self._noise(seed, noise),
             num_steps=steps,
-            shape_key=ShapeKey(len(images), images.dtype.name, self.config.model.prompt_bucket(len(tokens)), steps),
+            shape_key=ShapeKey(
+                len(images),
+                images.dtype.name,
+                self.config.model.prompt_bucket(len(tokens)),
+                steps,
+                self.continues if continuation else None,
+            ),
             deterministic=seed is not None or noise is not None,
+            continuation=continuation,
         )
         return PreparedPolicyRequest(request, robot_inputs.state)
 
@@ -228,23 +248,63 @@ class Policy(BatchedModel):
             raise ModelsError("the model's actions are not finite; its weights or its precision are at fault")
         return {"actions": actions}
 
+    def warm_up_shapes(self) -> list[WarmUpShape]:
+        plain = super().warm_up_shapes()
+        return plain if self.continues is None else [*plain, *(shape._replace(continues=True) for shape in plain)]
+
     def _call(self, shape: WarmUpShape) -> None:
         model = self.config.model
         size = model.vision.image_size
+        noise = np.zeros((model.action_horizon, model.action_dim), np.float32)
         request = PreparedRequest(
             images=np.zeros((shape.num_views, size, size, 3), np.uint8),
             tokens=np.ones(shape.prompt_bucket, np.int32),
             state=np.zeros(model.action_dim, np.float32),
-            noise=np.zeros((model.action_horizon, model.action_dim), np.float32),
+            noise=noise,
             num_steps=self.default_num_steps,
-            shape_key=ShapeKey(shape.num_views, "uint8", shape.prompt_bucket, self.default_num_steps),
+            shape_key=ShapeKey(
+                shape.num_views,
+                "uint8",
+                shape.prompt_bucket,
+                self.default_num_steps,
+                self.continues if shape.continues else None,
+            ),
             deterministic=False,
+            continuation=realtime.Continuation(noise, np.zeros(len(noise), np.float32)) if shape.continues else None,
         )
         self.backend.sample_actions(assemble([request] * shape.batch_size))
 
     def _tokens(self, prompt: str, state: np.ndarray) -> np.ndarray:
         model = self.config.model
         return self._tokenizer.prompt_tokens(prompt, state if model.discrete_state_input else None, model.max_token_len)
+
+    def _continuation(
+        self, previous: object, delay: object, executed: object, state: np.ndarray
+    ) -> realtime.Continuation | None:
+        """The previous chunk as the model sees it, from the robot's state of now; the inverse of `finish`."""
+        if previous is None:
+            for name, value in (("inference_delay", delay), ("execution_horizon", executed)):
+                if value is not None:
+                    raise InvalidObservationError(name, "given without previous_actions, the chunk to be continued")
+            return None
+        if self.continues is None:
+            message = "this policy does not continue chunks: real-time chunking is not switched on"
+            raise InvalidObservationError("previous_actions", message)
+        horizon, width = self.config.model.action_horizon, self.config.model.action_dim
+        actions = _parse_chunk(previous, (horizon, self.robot_action_dim))
+        s = _parse_step("execution_horizon", executed, 1, horizon, "the action_horizon")
+        d = _parse_step("inference_delay", delay, 0, min(s, horizon - s), f"of {horizon} steps {s} were carried out")
+        actions = self.config.robot.encode(actions)
+        if self._delta_mask is not None:
+            actions = to_delta(actions, state, self._delta_mask)
+        left = np.zeros((horizon, width), np.float32)
+        with np.errstate(over="ignore"):
+            left[: horizon - s, : actions.shape[1]] = self._action_normalizer.normalize(actions[s:])
+        if not np.isfinite(left).all():
+            raise InvalidObservationError("previous_actions", "too large: infinite once normalised")
+        is_guided = self.continues is realtime.Method.GUIDED
+        weights = realtime.soft_mask(horizon, d, s) if is_guided else realtime.hard_mask(horizon, d)
+        return realtime.Continuation(left, weights)
 
     def _noise(self, seed: object, noise: np.ndarray | None) -> np.ndarray:
         shape = (self.config.model.action_horizon, self.config.model.action_dim)
@@ -270,6 +330,30 @@ def _parse_num_steps(value: object) -> int:
     if steps is None or not 1 <= steps <= MAX_NUM_STEPS:
         raise InvalidObservationError("num_steps", f"expected an integer from 1 to {MAX_NUM_STEPS}, got {value!r}")
     return steps
+
+
+def _parse_chunk(value: object, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        chunk = np.asarray(value)
+    except ValueError as error:
+        raise InvalidObservationError("previous_actions", f"expected an array ({error})") from error
+    if chunk.shape != shape:
+        raise InvalidObservationError("previous_actions", f"expected shape {shape}, got {chunk.shape}")
+    if chunk.dtype.kind not in "iuf":
+        raise InvalidObservationError("previous_actions", f"expected real numbers, got {chunk.dtype}")
+    if not np.isfinite(chunk).all():
+        row, column = np.argwhere(~np.isfinite(chunk))[0]
+        raise InvalidObservationError(
+            "previous_actions", f"expected finite numbers; element ({row}, {column}) is {chunk[row, column]}"
+        )
+    return chunk.astype(np.float64)
+
+
+def _parse_step(name: str, value: object, least: int, most: int, why: str) -> int:
+    step = as_int(value)
+    if step is None or not least <= step <= most:
+        raise InvalidObservationError(name, f"expected an integer from {least} to {most} ({why}), got {value!r}")
+    return step
 
 
 def _normalizers(config: PolicyConfig, stats: Mapping[str, NormStats] | None) -> tuple[Normalizer, Normalizer]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from openpi_flash_models import realtime
 from openpi_flash_models.config import GEMMA_VARIANTS, GemmaConfig, ModelConfig, ModelType, VisionConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.images import ImageLayout
@@ -116,6 +117,7 @@ def _parse(section: _Section, path: Path) -> PolicyConfig:
         default_prompt=section.take_optional("default_prompt", str, base.default_prompt if base else None),
         tokenizer=path.parent / tokenizer if tokenizer else None,
         metadata=section.take("metadata", dict, default=base.metadata if base else {}),
+        real_time_chunking=_enum(realtime.Method, section, "real_time_chunking", realtime.Method.GUIDED),
     )
     section.finish()
     return config

@@ -12,6 +12,7 @@ from openpi_flash_models.images import ImageLayout
 from openpi_flash_models.normalize import Normalization
 from openpi_flash_models.policy_config_file import read_policy_config
 from openpi_flash_models.policy_configs import POLICY_CONFIGS, PolicyConfig, load_policy_config
+from openpi_flash_models.realtime import Method
 from openpi_flash_models.robots.aloha import aloha
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def test_the_documentation_names_every_entry():
     # Every key that a file may have, as the parser's own error lists them.
     documented = set(re.findall(r"^\| `([a-z_]+)`", (ROOT / "docs/custom-policy.md").read_text(), re.MULTILINE))
     expected = {"extends", "name", "model", "robot", "adapt_to_pi", *RAW, "delta_action_mask", "norm_stats"}
-    expected |= {"normalization", "default_prompt", "tokenizer", "metadata", "asset_id"}
+    expected |= {"normalization", "default_prompt", "tokenizer", "metadata", "asset_id", "real_time_chunking"}
     expected |= {"model_type", "action_dim", "action_horizon", "max_token_len", "discrete_state_input"}
     expected |= {"vlm", "expert", "vision", "vocab_size"}
     assert documented == expected
@@ -70,6 +71,12 @@ def test_what_a_file_does_not_say_is_inherited(tmp_path):
     assert config.default_prompt == "wave"
     for field in ("model", "robot", "normalization", "delta_action_mask", "asset_id", "metadata"):
         assert getattr(config, field) == getattr(base, field), field
+
+
+def test_a_checkpoint_may_be_trained_for_real_time_chunking(tmp_path):
+    assert read(tmp_path, {"extends": "pi05_droid"}).real_time_chunking is Method.GUIDED
+    trained = read(tmp_path, {"extends": "pi05_droid", "real_time_chunking": "trained"})
+    assert trained.real_time_chunking is Method.TRAINED
 
 
 def test_null_takes_away_what_would_be_inherited(tmp_path):
@@ -134,6 +141,7 @@ def test_raw_cameras_may_say_their_layout(tmp_path):
         ({"adapt_to_pi": True}, "adapt_to_pi: unknown entry"),
         ({"camera_map": {}}, "camera_map: unknown entry"),
         ({"normalization": "minmax"}, "normalization: expected one of quantile, zscore, none"),
+        ({"real_time_chunking": "off"}, "real_time_chunking: expected one of guided, trained, got 'off'"),
         ({"delta_action_mask": [6, 0]}, "delta_action_mask: expected a list of integers"),
         ({"delta_action_mask": "6"}, 'delta_action_mask: expected a list, got "6"'),
         ({"delta_action_mask": [14]}, "delta_action_mask covers 14 dimensions, .* share 8"),

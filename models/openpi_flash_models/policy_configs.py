@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openpi_flash_models import realtime
 from openpi_flash_models.config import CAMERAS, GEMMA_VARIANTS, ModelConfig, ModelType
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.normalize import Normalization
@@ -34,6 +35,7 @@ class PolicyConfig:
         default_prompt: used when an observation has none.
         tokenizer: sentencepiece model; None: PaliGemma's.
         metadata: sent to clients as it is, e.g. `reset_pose`.
+        real_time_chunking: how the model continues a chunk: guided, or trained for it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class PolicyConfig:
     default_prompt: str | None = None
     tokenizer: Path | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    real_time_chunking: realtime.Method = realtime.Method.GUIDED
 
     def __post_init__(self) -> None:
         robot, width = self.robot, self.model.action_dim

@@ -14,6 +14,7 @@ from openpi_flash_models.normalize import NormStats
 from openpi_flash_models.observation import ImageSpec, flatten
 from openpi_flash_models.policy import Policy, TensorSpec
 from openpi_flash_models.policy_configs import load_policy_config
+from openpi_flash_models.realtime import Method, soft_mask
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.tokenizer import PromptTokenizer
 
@@ -70,7 +71,7 @@ def test_only_valid_cameras_and_tokens_reach_the_model():
     assert request.images.shape == (2, 224, 224, 3)
     np.testing.assert_array_equal(request.images[0], observation["images/cam_high"].transpose(1, 2, 0))
     assert TOKENIZER.decode(request.tokens).startswith("Task: fold the towel, State: ")
-    assert request.shape_key == (2, "uint8", 128, 10)
+    assert request.shape_key == (2, "uint8", 128, 10, None)
     assert request.state.shape == (32,)
     assert not request.state[14:].any()
 
@@ -241,7 +242,7 @@ def test_warm_up_runs_every_shape_that_can_occur():
     assert policy.prompt_buckets == (64, 128, 200)
     shapes = [(len(b.images), b.images.shape[1], b.tokens.shape[1]) for b in backend.batches]
     assert shapes == [(b, v, n) for b in (1, 2) for v in (3, 2, 1) for n in (64, 128, 200)]
-    assert [shape for _, _, shape in seen] == shapes
+    assert [shape[:3] for _, _, shape in seen] == shapes
     assert [done for done, _, _ in seen] == list(range(18))
     assert {batch.num_steps for batch in backend.batches} == {4}
     assert all(batch.token_mask.all() for batch in backend.batches)
@@ -289,3 +290,107 @@ def test_a_vocabulary_larger_than_the_models_is_refused():
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
     with pytest.raises(CheckpointError, match="has 512 pieces, the model's vocabulary 100"):
         Policy(small, LinearBackend(small.model), TOKENIZER, None)
+
+
+@pytest.mark.parametrize("name", ["pi05_aloha", "pi0_aloha", "pi05_full_droid_finetune", "pi05_libero"])
+def test_a_previous_chunk_is_brought_back_to_what_the_model_gave(name):
+    policy, _ = make_policy(name, real_time_chunking=True)
+    robot = policy.config.robot
+    if robot.name == "libero":
+        pictures = {entry.path: np.zeros((224, 224, 3), np.uint8) for entry in robot.cameras}
+        observation = {**pictures, "observation/state": np.linspace(-1, 1, 8)}
+    else:
+        observation = aloha_observation() if robot.name == "aloha" else droid_observation()
+    begun = policy.prepare(observation, prompt="go", seed=1)
+    (given,) = policy.run([begun])
+    chunk = policy.finish(begun, given)["actions"]
+    options = {"previous_actions": chunk, "inference_delay": 2, "execution_horizon": 4}
+    request = policy.prepare(observation, prompt="go", **options).request
+    horizon, width = policy.config.model.action_horizon, policy.robot_action_dim
+    np.testing.assert_allclose(request.continuation.actions[: horizon - 4, :width], given[4:, :width], atol=1e-5)
+    assert not request.continuation.actions[horizon - 4 :].any()
+    assert not request.continuation.actions[:, width:].any()
+    np.testing.assert_array_equal(request.continuation.weights, soft_mask(horizon, 2, 4))
+    assert request.shape_key.continues is Method.GUIDED
+
+
+def test_relative_actions_are_relative_to_the_state_of_now():
+    policy, _ = make_policy("pi05_full_droid_finetune", real_time_chunking=True)
+    chunk = np.zeros((16, 8))
+    options = {"prompt": "go", "previous_actions": chunk, "inference_delay": 0, "execution_horizon": 1}
+    observation = droid_observation()
+    before = policy.prepare(observation, **options).request.continuation.actions
+    observation["observation/joint_position"] = observation["observation/joint_position"] + 1
+    after = policy.prepare(observation, **options).request.continuation.actions
+    # One unit further on, a place is one unit less away; the statistics scale it. The gripper is absolute.
+    np.testing.assert_allclose((after - before)[:15, :7], np.broadcast_to([-2 / (3 + 1e-6)] * 7, (15, 7)), atol=1e-5)
+    np.testing.assert_array_equal(after[:, 7], before[:, 7])
+
+
+def test_requests_that_continue_a_chunk_share_calls_among_themselves():
+    policy, backend = make_policy("pi05_droid", real_time_chunking=True, max_batch_size=2)
+    options = {"prompt": "go", "previous_actions": np.zeros((15, 8)), "execution_horizon": 5}
+    first, second = (policy.prepare(droid_observation(), inference_delay=delay, **options) for delay in (1, 3))
+    policy.run([first, second])
+    assert backend.batches[0].continues is Method.GUIDED
+    assert backend.batches[0].continuation.actions.shape == (2, 15, 32)
+    np.testing.assert_array_equal(backend.batches[0].continuation.weights, [soft_mask(15, 1, 5), soft_mask(15, 3, 5)])
+    plain = policy.prepare(droid_observation(), prompt="go")
+    with pytest.raises(ValueError, match="one shape key"):
+        policy.run([first, plain])
+    assert policy.prepare(droid_observation(), inference_delay=1, seed=3, **options).deterministic
+
+
+def test_without_a_previous_chunk_the_model_is_given_what_it_always_was():
+    batches = []
+    for switched_on in (False, True):
+        policy, backend = make_policy("pi05_droid", real_time_chunking=switched_on)
+        policy.infer(droid_observation(), prompt="go", seed=4)
+        batches += backend.batches
+    for field in dataclasses.fields(ModelBatch):
+        off, on = (getattr(batch, field.name) for batch in batches)
+        np.testing.assert_array_equal(off, on)
+    assert batches[0].continues is batches[1].continuation is None
+
+
+def test_a_policy_that_continues_chunks_is_warm_for_them():
+    policy, backend = make_policy("pi05_droid", real_time_chunking=True)
+    policy.warm_up()
+    kinds = [batch.continues for batch in backend.batches]
+    assert kinds == [None] * (len(kinds) // 2) + [Method.GUIDED] * (len(kinds) // 2)
+    assert all(batch.continuation.weights.shape == (1, 15) for batch in backend.batches[len(kinds) // 2 :])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"previous_actions": np.zeros((15, 7))}, "previous_actions", r"expected shape \(15, 8\), got \(15, 7\)"),
+        ({"previous_actions": np.zeros((15, 8), bool)}, "previous_actions", "expected real numbers, got bool"),
+        ({"previous_actions": np.full((15, 8), np.nan)}, "previous_actions", r"element \(0, 0\) is nan"),
+        ({"previous_actions": np.full((15, 8), 1e300)}, "previous_actions", "infinite once normalised"),
+        ({"previous_actions": None}, "inference_delay", "without previous_actions"),
+        ({"previous_actions": None, "inference_delay": None}, "execution_horizon", "without previous_actions"),
+        ({"inference_delay": None}, "inference_delay", "from 0 to 5 .*, got None"),
+        ({"inference_delay": 6}, "inference_delay", r"from 0 to 5 \(of 15 steps 5 were carried out\), got 6"),
+        ({"inference_delay": 6, "execution_horizon": 10}, "inference_delay", "from 0 to 5 "),
+        ({"inference_delay": -1}, "inference_delay", "got -1"),
+        ({"inference_delay": 1.5}, "inference_delay", "got 1.5"),
+        ({"execution_horizon": 0}, "execution_horizon", "from 1 to 15 .*, got 0"),
+        ({"execution_horizon": 16}, "execution_horizon", "got 16"),
+        ({"execution_horizon": None}, "execution_horizon", "got None"),
+    ],
+)
+def test_a_chunk_that_cannot_be_continued_is_refused_by_name(changes, field, message):
+    policy, _ = make_policy("pi05_droid", real_time_chunking=True)
+    options = {"previous_actions": np.zeros((15, 8)), "inference_delay": 2, "execution_horizon": 5, **changes}
+    with pytest.raises(InvalidObservationError, match=message) as caught:
+        policy.prepare(droid_observation(), prompt="go", **options)
+    assert caught.value.field == field
+
+
+def test_a_policy_without_real_time_chunking_says_so():
+    policy, _ = make_policy("pi05_droid")
+    options = {"previous_actions": np.zeros((15, 8)), "inference_delay": 2, "execution_horizon": 5}
+    with pytest.raises(InvalidObservationError, match="not switched on") as caught:
+        policy.prepare(droid_observation(), prompt="go", **options)
+    assert caught.value.field == "previous_actions"

@@ -7,15 +7,17 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.realtime import Continuation, Method
 
 
 class ShapeKey(NamedTuple):
-    """Requests with equal keys can share a model call."""
+    """Requests with equal keys can share a model call. `continues`: how they continue a chunk; None: they do not."""
 
     num_views: int
     image_dtype: str
     prompt_bucket: int
     num_steps: int
+    continues: Method | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class PreparedRequest:
         num_steps: flow steps.
         shape_key: what must agree for two requests to share a model call.
         deterministic: a seed or noise was given: run alone, since a batch of another size may round differently.
+        continuation: the chunk that this one continues, by the method of the shape key; None: it begins afresh.
     """
 
     images: np.ndarray
@@ -39,6 +42,7 @@ class PreparedRequest:
     num_steps: int
     shape_key: ShapeKey
     deterministic: bool
+    continuation: Continuation | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +56,8 @@ class ModelBatch:
         state: (B, action_dim) float32.
         noise: (B, action_horizon, action_dim) float32.
         num_steps: flow steps.
+        continues: how the rows continue earlier chunks; None: they do not.
+        continuation: those chunks, with a batch axis; None as `continues`.
     """
 
     images: np.ndarray
@@ -60,6 +66,8 @@ class ModelBatch:
     state: np.ndarray
     noise: np.ndarray
     num_steps: int
+    continues: Method | None = None
+    continuation: Continuation | None = None
 
 
 def assemble(rows: Sequence[PreparedRequest]) -> ModelBatch:
@@ -72,7 +80,14 @@ def assemble(rows: Sequence[PreparedRequest]) -> ModelBatch:
         state=np.stack([row.state for row in rows]),
         noise=np.stack([row.noise for row in rows]),
         num_steps=rows[0].num_steps,
+        continues=rows[0].shape_key.continues,
+        continuation=_stack([row.continuation for row in rows]),
     )
+
+
+def _stack(rows: Sequence[Continuation | None]) -> Continuation | None:
+    present = [row for row in rows if row is not None]
+    return Continuation(*map(np.stack, zip(*present, strict=True))) if present else None
 
 
 def pad_tokens(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from openpi_flash_client.errors import (
     UnavailableError,
 )
 from openpi_flash_client.policy import GrpcPolicy
+from openpi_flash_client.realtime import RealTimePolicy
 
 if TYPE_CHECKING:
     from openpi_flash_client.quic import FlashTransportPolicy as FlashTransportPolicy
@@ -26,6 +27,7 @@ __all__ = [
     "InvalidArgumentError",
     "PolicyError",
     "PolicyTimeoutError",
+    "RealTimePolicy",
     "ServerBusyError",
     "UnavailableError",
 ]

@@ -31,7 +31,8 @@ _SUBTASK_STATUS = {
 def write_request(request: inference_pb2.InferRequest, observation: Mapping[str, Any], cameras: Cameras) -> list[Any]:
     """Fills in a request. Nested maps become names joined by `/`.
 
-    Not part of the observation are the top-level keys `prompt`, `mode`, `seed`, `noise` and `num_steps`.
+    Not part of the observation are the top-level keys `prompt`, `mode`, `seed`, `noise`, `num_steps`,
+    `previous_actions`, `inference_delay` and `execution_horizon`.
 
     Returns:
         the pictures of `cameras`, which are left out: they have to be prepared.
@@ -55,6 +56,7 @@ def write_request(request: inference_pb2.InferRequest, observation: Mapping[str,
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError("noise: an array of numbers is expected", field="noise") from error
         _write_tensor(request.noise, noise, "noise")
+    _write_continuation(request, entries)
     prompt = entries.pop("prompt", None)
     if prompt is not None:
         request.observation.prompt = _text(prompt)
@@ -68,6 +70,16 @@ def write_request(request: inference_pb2.InferRequest, observation: Mapping[str,
         else:
             _write_tensor(tensors[name], value, name)
     return list(pictures.values())
+
+
+def _write_continuation(request: inference_pb2.InferRequest, entries: dict[str, Any]) -> None:
+    previous_actions = entries.pop("previous_actions", None)
+    if previous_actions is not None:
+        _write_tensor(request.previous_actions, previous_actions, "previous_actions")
+    for name in ("inference_delay", "execution_horizon"):
+        number = entries.pop(name, None)
+        if number is not None:
+            setattr(request, name, _integer(number, name, 32))
 
 
 def read_response(response: inference_pb2.InferResponse) -> dict[str, Any]:

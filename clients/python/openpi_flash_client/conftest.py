@@ -28,6 +28,7 @@ class FakeServer(policy_pb2_grpc.PolicyServiceServicer):
         self.metadata: list[dict[str, Any]] = []
         self.image_specs = [types_pb2.ImageSpec(path="images/cam_high", height=224)]
         self.num_streams = 0
+        self.real_time_chunking = ""
         self.behave: Callable[[inference_pb2.InferStreamRequest, Any], types_pb2.Error | None] = lambda *_: None
         self.port = 0
         self._server: Any = None
@@ -62,6 +63,7 @@ class FakeServer(policy_pb2_grpc.PolicyServiceServicer):
 
     def GetMetadata(self, *_: Any) -> inference_pb2.GetMetadataResponse:  # noqa: N802
         metadata = inference_pb2.GetMetadataResponse(model_config_name="pi05_droid", action_horizon=2)
+        metadata.real_time_chunking = self.real_time_chunking
         metadata.policy_metadata.update({"reset_pose": [0.5, -1.5]})
         metadata.image_specs.extend(self.image_specs)
         return metadata

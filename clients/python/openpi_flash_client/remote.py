@@ -96,7 +96,8 @@ class RemotePolicy(abc.ABC):
 
         Args:
             obs: openpi's observation dictionary: arrays and numbers, nested or with `/` in their names, and `prompt`.
-                It may also hold the options `seed`, `noise`, `num_steps` and `mode`; those given here go before.
+                It may also hold the options `seed`, `noise`, `num_steps` and `mode`; those given here go before. To
+                continue a chunk: `previous_actions`, `inference_delay` and `execution_horizon` (see InferRequest).
             seed: of the starting noise: the same seed and observation give the same actions. None: fresh noise.
             noise: the starting noise itself, (action_horizon, action_dim), in place of a seed.
             num_steps: flow steps, 1 to 100; None: the server's default.

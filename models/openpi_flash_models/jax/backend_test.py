@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -11,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from openpi_flash_models import flow
 from openpi_flash_models.checkpoints.layout import jax_shapes
 from openpi_flash_models.config import ModelConfig, ModelType
+from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.golden.cases import prepared_request, read_case
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.jax import model
+from openpi_flash_models.jax.compilation import keep_programs
 from openpi_flash_models.jax.weights import FLOAT32, abstract_weights, slots
 from openpi_flash_models.request import assemble
 
@@ -83,3 +90,66 @@ def test_a_shape_is_compiled_once():
         backend.sample_actions(assemble([dataclasses.replace(request, noise=noise)]))
         compiled.append(backend._run._cache_size())
     assert compiled[0] == compiled[1] > 0
+
+
+def test_what_only_schedules_are_made_of_is_not_kept_on_the_device():
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    backend = GoldenModel(GOLDEN / "pi05_a", ["jax"]).backends["jax"]
+    gc.collect()
+    kept = sum(array.nbytes for array in jax.live_arrays()) - before
+    schedule = jax.tree.leaves(backend._schedule(flow.DEFAULT_NUM_STEPS))
+    assert kept == sum(array.nbytes for array in [*jax.tree.leaves(backend.weights), *schedule])
+    assert all(isinstance(array, np.ndarray) for array in jax.tree.leaves(backend.time_weights))
+
+
+COUNT_COMPILATIONS = """
+import collections, hashlib, sys
+from pathlib import Path
+import jax
+from openpi_flash_models.golden.cases import prepared_request, read_case
+from openpi_flash_models.golden.compare import GoldenModel
+from openpi_flash_models.request import assemble
+
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
+golden = GoldenModel(Path(sys.argv[1]))
+backend = golden.load("jax", compilation_cache=Path(sys.argv[2]))
+request = prepared_request(golden.config, read_case(golden.path / "case0.npz"), 0, 2)
+actions = backend.sample_actions(assemble([request]))
+print(counts["cache_misses"], counts["cache_hits"], hashlib.sha256(actions.tobytes()).hexdigest())
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    command = [sys.executable, "-c", COUNT_COMPILATIONS, GOLDEN / "pi05_a", tmp_path / "cache"]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(2)]
+    (compiled, found, first), (compiled_again, found_again, second) = runs
+    assert int(compiled) > 0
+    assert (found, compiled_again) == ("0", "0")
+    assert found_again == compiled
+    assert first == second
+
+
+def test_programs_are_kept_where_it_is_said(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(jax.config, "update", kept.__setitem__)
+    cpu, gpu = (types.SimpleNamespace(platform=platform) for platform in ("cpu", "gpu"))
+    keep_programs(cpu, None, tmp_path)
+    keep_programs(gpu, None, None)
+    assert not kept
+    assert not list(tmp_path.iterdir())
+    keep_programs(gpu, None, tmp_path)
+    assert kept["jax_compilation_cache_dir"] == str(tmp_path / "compiled/jax")
+    keep_programs(cpu, tmp_path / "here", tmp_path)
+    assert kept["jax_compilation_cache_dir"] == str(tmp_path / "here")
+    assert (tmp_path / "here").is_dir()
+
+
+def test_a_cache_that_cannot_be_made_is_an_error_where_it_was_asked_for(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    gpu = types.SimpleNamespace(platform="gpu")
+    with pytest.raises(PolicyConfigError, match=r"cannot make .*/file/x: Not a directory"):
+        keep_programs(gpu, tmp_path / "file/x", None)
+    keep_programs(gpu, None, tmp_path / "file")
+    assert "are not kept" in caplog.text

@@ -40,8 +40,8 @@ def _trace(
         found |= {f"vit_{name}": x.reshape(batch_size, num_views, *x.shape[1:]) for name, x in vision.items()}
     prefix = (inputs.images, inputs.tokens, inputs.token_mask)
     found["prefix_embeds"], valid = model.embed_prefix(config, weights, *prefix)
-    cache, out = model.prefix_forward(config, weights, found["prefix_embeds"], valid, hidden=True)
-    assert out is not None  # noqa: S101 - asked for
+    cache, x = model.prefix_forward(config, weights, found["prefix_embeds"], valid)
+    out = model.prefix_output(config, weights, x, jnp.arange(x.shape[1])[None], cache=cache, valid=valid)
     found |= {"prefix_out": out, "prefix_k": cache.keys, "prefix_v": cache.values}
 
     schedule, context = model.make_schedule(config, time_weights, embeddings), model.prepare(config, weights, inputs)

@@ -19,14 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from openpi_flash_models import flow
+from openpi_flash_models import flow, realtime
 from openpi_flash_models.config import GemmaConfig, ModelConfig
+from openpi_flash_models.jax.attention import Part, attend, attend_all
 from openpi_flash_models.pixels import PIXEL_VALUES
 
 Weights = dict[str, Any]
-
-Part = tuple[Array, Array, Array | None]
-"""Keys and values that lie in one place, and which of them may be attended to; see `attend`."""
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-6
@@ -79,23 +77,89 @@ class Context(NamedTuple):
         valid: (B, S) bool, the prefix tokens that may be attended to.
         rope: rotation of the suffix tokens.
         state_token: (B, 1, E) float32 in pi0; None in pi0.5.
+        committed: actions that are not for the flow to change; None: all are.
     """
 
     cache: Cache
     valid: Array
     rope: Rope
     state_token: Array | None
+    committed: "Committed | None" = None
 
 
-def sample_actions(config: ModelConfig, weights: Weights, schedule: Schedule, inputs: Inputs) -> Array:
-    """Runs the flow from noise to actions, (B, H, A) float32. `config` is static under `jax.jit`."""
-    context = prepare(config, weights, inputs)
+class Guided(NamedTuple):
+    """Chunks that are continued by guidance: what `realtime.Continuation` has, of a batch."""
+
+    actions: Array
+    weights: Array
+
+
+class Committed(NamedTuple):
+    """Chunks that are continued by a model which was trained for it: their first steps are given.
+
+    Attributes:
+        actions: (B, H, A) float32.
+        mask: (B, H, 1) bool, which of them are given.
+        done: a row of a schedule, of the end of the flow: what given actions meet in every flow step.
+    """
+
+    actions: Array
+    mask: Array
+    done: Schedule
+
+
+def sample_actions(
+    config: ModelConfig,
+    weights: Weights,
+    schedule: Schedule,
+    inputs: Inputs,
+    continues: Guided | Committed | None = None,
+) -> Array:
+    """Runs the flow from noise to actions, (B, H, A) float32. `config` is static under `jax.jit`.
+
+    Args:
+        config: sizes.
+        weights: of the model.
+        schedule: a row for each flow step.
+        inputs: the batch.
+        continues: the chunks that those of the batch continue (realtime.py); None: they begin afresh.
+    """
+    context, x = prepare(config, weights, inputs), inputs.noise
+    if isinstance(continues, Guided):
+        return sample_guided(config, weights, schedule, context, noise=x, previous=continues)
+    if continues is not None:
+        context, x = context._replace(committed=continues), jnp.where(continues.mask, continues.actions, x)
     dt = flow.step_size(len(schedule.modulation))
 
     def flow_step(x: Array, step: Schedule) -> tuple[Array, None]:
-        return x + dt * velocity(config, weights, x, step, context), None
+        v = velocity(config, weights, x, step, context)
+        return x + dt * (v if continues is None else jnp.where(continues.mask, 0, v)), None
 
-    return lax.scan(flow_step, inputs.noise, schedule)[0]
+    return lax.scan(flow_step, x, schedule)[0]
+
+
+def sample_guided(
+    config: ModelConfig, weights: Weights, schedule: Schedule, context: Context, *, noise: Array, previous: Guided
+) -> Array:
+    """The flow, at each step drawn towards the chunks before: the velocity, corrected by a vector-Jacobian product.
+
+    arXiv 2506.07339, eqs. 2 and 3; openpi's velocity points from actions to noise, the paper's the other way.
+    """
+    num_steps = len(schedule.modulation)
+    dt, times, guidance = flow.step_size(num_steps), flow.timesteps(num_steps), realtime.guidance(num_steps)
+
+    def flow_step(x: Array, of_step: tuple[Schedule, Array, Array]) -> tuple[Array, None]:
+        step, t, strength = of_step
+
+        def estimate(x: Array) -> tuple[Array, Array]:
+            v = velocity(config, weights, x, step, context)
+            return x - t * v, v
+
+        actions, pull_back, v = jax.vjp(estimate, x, has_aux=True)
+        (correction,) = pull_back(previous.weights[..., None] * (previous.actions - actions))
+        return x + dt * (v - strength * correction), None
+
+    return lax.scan(flow_step, noise, (schedule, jnp.asarray(times), jnp.asarray(guidance)))[0]
 
 
 def prepare(config: ModelConfig, weights: Weights, inputs: Inputs) -> Context:
@@ -159,55 +223,70 @@ def vision_block(config: ModelConfig, block: Weights, x: Array) -> Array:
     normed = layer_norm(x, block["norm1_scale"], block["norm1_bias"])
     qkv = (dot(normed, block["qkv"]) + block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    x = x + dot(attend(q, [(k, v, None)]), block["out"]) + block["out_bias"]
+    x = x + dot(attend_all(q, k, v, None), block["out"]) + block["out_bias"]
     normed = layer_norm(x, block["norm2_scale"], block["norm2_bias"])
     inner = jax.nn.gelu(dot(normed, block["fc1"]) + block["fc1_bias"], approximate=True)
     return x + dot(inner, block["fc2"]) + block["fc2_bias"]
 
 
-def prefix_forward(
-    config: ModelConfig, weights: Weights, x: Array, valid: Array, *, hidden: bool = False
-) -> tuple[Cache, Array | None]:
-    """Runs the VLM over the prefix.
+def prefix_forward(config: ModelConfig, weights: Weights, x: Array, valid: Array) -> tuple[Cache, Array]:
+    """Runs the VLM over the prefix, up to the keys and values of its last layer: the actions need no more.
 
     Args:
         config: sizes.
         weights: of the whole model.
         x: (B, S, D) prefix tokens. Padding is on the right, so that positions count up from 0.
         valid: (B, S) bool.
-        hidden: also compute the final-normed output. The actions do not need it, nor most of the last layer.
 
     Returns:
-        The cache of the S prefix tokens, and (B, S, D) or None.
+        The cache of the S prefix tokens, and the tokens before the last layer (B, S, D), for `prefix_output`.
     """
     gemma, layers = config.vlm, weights["vlm_layers"]
-    rope = rope_table(jnp.arange(x.shape[1])[None], gemma.head_dim)
-    mask = valid[:, None, None, None, :]
-
-    def whole_layer(x: Array, i: Array | int) -> tuple[Array, Cache]:
-        return vlm_layer(gemma, layer_at(layers, i), x, rope, mask=mask)
-
+    rope, lengths = rope_table(jnp.arange(x.shape[1])[None], gemma.head_dim), valid.sum(1, dtype=jnp.int32)
     last = gemma.depth - 1
-    x, cache = lax.scan(whole_layer, x, jnp.arange(last))
-    if hidden:
-        x, last_cache = whole_layer(x, last)
-    else:
-        layer = layer_at({name: layers[name] for name in ("norm1", "qkv")}, last)
-        last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
-    cache = jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache)
-    return cache, rms_norm(x, 1 + weights["vlm_norm"]) if hidden else None
+    x, cache = lax.scan(
+        lambda x, i: vlm_layer(gemma, layer_at(layers, i), x, rope, lengths=lengths), x, jnp.arange(last)
+    )
+    layer = layer_at({name: layers[name] for name in ("norm1", "qkv")}, last)
+    last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
+    return jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache), x
+
+
+def prefix_output(
+    config: ModelConfig, weights: Weights, x: Array, positions: Array, *, cache: Cache, valid: Array
+) -> Array:
+    """The VLM's final-normed output (B, n, D) at some tokens of the prefix.
+
+    Args:
+        config: sizes.
+        weights: of the whole model.
+        x: (B, n, D) these tokens before the last layer.
+        positions: (B or 1, n), theirs.
+        cache: of the prefix.
+        valid: (B, S) bool.
+    """
+    gemma, layer = config.vlm, layer_at(weights["vlm_layers"], config.vlm.depth - 1)
+    q, _, _ = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope_table(positions, gemma.head_dim))
+    x = x + dot(attend(q, [(cache.keys[-1], cache.values[-1], valid[:, None, None, None, :])]), layer["out"])
+    return rms_norm(x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), 1 + weights["vlm_norm"])
 
 
 def vlm_layer(
-    gemma: GemmaConfig, layer: Weights, x: Array, rope: Rope, *, mask: Array | None, earlier: Sequence[Part] = ()
+    gemma: GemmaConfig,
+    layer: Weights,
+    x: Array,
+    rope: Rope,
+    *,
+    lengths: Array | None = None,
+    earlier: Sequence[Part] = (),
 ) -> tuple[Array, Cache]:
-    """One layer of the VLM over tokens (B, T, D), which see `earlier` ones and, as `mask` allows, each other.
+    """One layer of the VLM over tokens (B, T, D), which see `earlier` ones, or else the first `lengths` of each other.
 
     Returns:
         The tokens after it, and their keys and values (B, T, K, h).
     """
     q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
-    x = x + dot(attend(q, [*earlier, (k, v, mask)]), layer["out"])
+    x = x + dot(attend(q, [*earlier, (k, v, None)]) if earlier else attend_all(q, k, v, lengths), layer["out"])
     return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
 
 
@@ -223,28 +302,43 @@ def embed_suffix(weights: Weights, x: Array, step: Schedule, context: Context) -
     actions = linear(weights, "action_in_proj", x)
     if context.state_token is None:
         return actions.astype(dtype)
-    mixed = jax.nn.silu(actions @ weights["action_time_mlp_in"] + step.time_bias)
+    time_bias, committed = step.time_bias, context.committed
+    if committed is not None:
+        assert time_bias is not None and committed.done.time_bias is not None  # noqa: S101 - of pi0
+        time_bias = jnp.where(committed.mask, committed.done.time_bias, time_bias)
+    mixed = jax.nn.silu(actions @ weights["action_time_mlp_in"] + time_bias)
     return jnp.concatenate([context.state_token, linear(weights, "action_time_mlp_out", mixed)], 1).astype(dtype)
 
 
 def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
     """Runs the action expert over the suffix tokens; returns its final-normed output (B, n, E)."""
-    gemma = config.expert
+    gemma, committed = config.expert, context.committed
     prefix_mask = context.valid[:, None, None, None, :]
     own_mask = suffix_mask(config)
+    done = None if committed is None else committed.done
+    if committed is not None:
+        is_done = jnp.pad(committed.mask, ((0, 0), (config.suffix_len - config.action_horizon, 0), (0, 0)))
 
-    def layer_step(x: Array, slices: tuple[Array, Array, Cache]) -> tuple[Array, None]:
-        i, modulation, prefix = slices
+    def of_tokens(rows: Array, rows_done: Array | None) -> Array:
+        """Rows (k, E) of a schedule as tokens meet them: (k, B, n, E) where some are done, for whom others hold."""
+        return rows if rows_done is None else jnp.where(is_done, rows_done[:, None, None], rows[:, None, None])
+
+    # Where this is differentiated no layer's weights are kept for the way back: products are, the rest is done again.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+    def layer_step(x: Array, slices: tuple[Array, Array, Array | None, Cache]) -> tuple[Array, None]:
+        i, modulation, modulation_done, prefix = slices
         layer = layer_at(weights["expert_layers"], i)
-        factor, shift, gate = modulation[0]
+        parts = [of_tokens(modulation[k], None if modulation_done is None else modulation_done[k]) for k in range(2)]
+        factor, shift, gate = parts[0]
         q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, factor, shift), context.rope)
         attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)])
         x = (x + dot(attended, layer["out"]) * gate).astype(x.dtype)
-        factor, shift, gate = modulation[1]
+        factor, shift, gate = parts[1]
         return (x + mlp(layer, rms_norm(x, factor, shift)) * gate).astype(x.dtype), None
 
-    x, _ = lax.scan(layer_step, x, (jnp.arange(gemma.depth), step.modulation, context.cache))
-    factor, shift = step.final_modulation
+    layers = (jnp.arange(gemma.depth), step.modulation, None if done is None else done.modulation, context.cache)
+    x, _ = lax.scan(layer_step, x, layers)
+    factor, shift = of_tokens(step.final_modulation, None if done is None else done.final_modulation)
     return rms_norm(x, factor, shift)
 
 
@@ -298,34 +392,6 @@ def project_kv(gemma: GemmaConfig, qkv: Array, x: Array, rope: Rope) -> tuple[Ar
     """What `project_qkv` does, without the queries."""
     kv = dot(x, qkv[:, gemma.num_heads * gemma.head_dim :]).reshape(*x.shape[:2], 2, gemma.num_kv_heads, gemma.head_dim)
     return rotate(kv[:, :, 0], rope), kv[:, :, 1]
-
-
-def attend(q: Array, parts: Sequence[Part]) -> Array:
-    """Attention of queries (B, T, N, h) over keys that lie in several places, without bringing them together.
-
-    Args:
-        q: queries; head n reads key/value head n // (N/K).
-        parts: keys and values (B, S, K, h) and what may be attended to, broadcastable to (B, K, N/K, T, S), or None.
-            Every query must be allowed some key.
-
-    Returns:
-        (B, T, N·h) in the dtype of q.
-    """
-    batch, length, num_heads, head_dim = q.shape
-    q = q.reshape(batch, length, parts[0][0].shape[2], -1, head_dim)
-    logits = []
-    for keys, _, mask in parts:
-        part = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-        logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
-    # Softmax over all parts at once: they share the maximum and the sum.
-    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits])
-    weights = [jnp.exp(part - top) for part in logits]
-    total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
-    mixed = [
-        jnp.einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values, preferred_element_type=jnp.float32)
-        for part, (_, values, _) in zip(weights, parts, strict=True)
-    ]
-    return functools.reduce(jnp.add, mixed).astype(q.dtype).reshape(batch, length, num_heads * head_dim)
 
 
 def mlp(layer: Weights, x: Array) -> Array:

@@ -58,6 +58,8 @@ def read_weights(
 ) -> Weights:
     """Reads, packs and moves the model to `device`, array by array, converting where the stored type differs.
 
+    What is in the `time` dict stays in host memory.
+
     Args:
         config: sizes, to which the whole checkpoint must fit.
         source: leaves under openpi's JAX paths.
@@ -70,13 +72,15 @@ def read_weights(
     wanted = [slot for slot in slots(config, adaptive_dtype(config, source)) if parts is None or slot.path[0] in parts]
     # The largest first, while little else is in memory beside them.
     for slot in sorted(wanted, key=lambda slot: -np.prod(slot.shape)):
-        packed = np.empty(slot.shape, slot.dtype or dtype)
+        packed: Any = np.empty(slot.shape, slot.dtype or dtype)
         slot.pack(packed, *map(source.read, slot.leaves))
         for leaf in slot.leaves:
             source.release(leaf)
         if device.platform == "cpu" and packed.dtype == ml_dtypes.bfloat16:
             packed = packed.view(np.uint16)  # `model.numbers` says why
-        place(weights, slot.path, jax.device_put(packed, device).block_until_ready())
+        if slot.path[0] != "time":
+            packed = jax.device_put(packed, device).block_until_ready()
+        place(weights, slot.path, packed)
     return weights
 
 

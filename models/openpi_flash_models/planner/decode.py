@@ -99,10 +99,11 @@ def start(
         allowed: (V,) bool, tokens that may be written.
     """
     x, valid = model.embed_prefix(config, weights, *inputs)
-    cache, hidden = model.prefix_forward(config, weights, x, valid, hidden=True)
-    assert hidden is not None  # noqa: S101 - asked for
+    cache, x = model.prefix_forward(config, weights, x, valid)
     length = valid.sum(1, dtype=jnp.int32)
-    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)[:, 0]
+    newest = (length - 1)[:, None]
+    last = jnp.take_along_axis(x, newest[..., None], 1)
+    last = model.prefix_output(config, weights, last, newest, cache=cache, valid=valid)[:, 0]
 
     batch, gemma = len(x), config.vlm
     room = jnp.zeros((gemma.depth, batch, CAPACITY, gemma.num_kv_heads, gemma.head_dim), x.dtype)
@@ -150,9 +151,7 @@ def forward(config: ModelConfig, weights: model.Weights, prefix: Prefix, written
     def layer_step(x: Array, slices: tuple[Array, model.Cache, model.Cache]) -> tuple[Array, model.Cache]:
         i, before, own = slices
         earlier = ((before.keys, before.values, is_prefix), (own.keys, own.values, is_earlier))
-        return model.vlm_layer(
-            config.vlm, model.layer_at(weights["vlm_layers"], i), x, rope, mask=None, earlier=earlier
-        )
+        return model.vlm_layer(config.vlm, model.layer_at(weights["vlm_layers"], i), x, rope, earlier=earlier)
 
     layers = (jnp.arange(config.vlm.depth), prefix.cache, written.cache)
     x, new = lax.scan(layer_step, model.embed_prompt(weights, tokens), layers)

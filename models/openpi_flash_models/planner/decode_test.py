@@ -16,6 +16,7 @@ from openpi_flash_models.golden.cases import read_case
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.golden.planner import planner_batch
 from openpi_flash_models.jax import model
+from openpi_flash_models.jax.attention import attend
 from openpi_flash_models.jax.weights import VLM, abstract_weights
 from openpi_flash_models.planner import decode, decoder
 from openpi_flash_models.planner.decoder import Batch, Decoder, Draft, load_decoder
@@ -220,7 +221,7 @@ def test_a_sampled_row_is_the_same_in_company(golden):
     assert together[1] == CASES[1]["tokens_masked"].tolist()
 
 
-def test_layers_in_decoding_are_those_of_the_prefix(golden):
+def test_layers_in_decoding_are_those_of_the_prefix(golden, monkeypatch):
     """Token by token through the cache, or all at once with each seeing those before it."""
     config = GOLDEN.config
     tokens = jnp.array([[2, 300, 301, 302]])
@@ -228,8 +229,10 @@ def test_layers_in_decoding_are_those_of_the_prefix(golden):
     causal = jnp.tril(jnp.ones((4, 4), bool))
     rope = model.rope_table(jnp.arange(4)[None], config.vlm.head_dim)
     x = model.embed_prompt(golden.weights, tokens)
-    for i in range(config.vlm.depth):
-        x, _ = model.vlm_layer(config.vlm, model.layer_at(golden.weights["vlm_layers"], i), x, rope, mask=causal)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "attend_all", lambda q, keys, values, _: attend(q, [(keys, values, causal)]))
+        for i in range(config.vlm.depth):
+            x, _ = model.vlm_layer(config.vlm, model.layer_at(golden.weights["vlm_layers"], i), x, rope)
     expected = decode.tied_logits(golden.weights, model.rms_norm(x, 1 + golden.weights["vlm_norm"])[:, -1])
 
     cache, _ = model.prefix_forward(

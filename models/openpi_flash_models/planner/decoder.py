@@ -1,5 +1,6 @@
 """Loads, compiles and runs the VLM as a writer of text."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import ModelsError
 from openpi_flash_models.jax.backend import parse_placement
+from openpi_flash_models.jax.compilation import keep_programs
 from openpi_flash_models.jax.model import Weights
 from openpi_flash_models.jax.weights import VLM, read_weights
 from openpi_flash_models.planner import decode
@@ -57,9 +59,9 @@ class Draft(NamedTuple):
         Raises:
             ModelsError: the model gave NaN or infinity, of which no text can be made.
         """
-        if not np.asarray(self.written.sound).all():
+        sound, tokens, lengths = jax.device_get((self.written.sound, self.written.tokens, self.written.lengths))
+        if not sound.all():
             raise ModelsError("the planner's logits are not finite; its weights or its precision are at fault")
-        tokens, lengths = np.asarray(self.written.tokens), np.asarray(self.written.lengths)
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
@@ -102,7 +104,14 @@ class Decoder:
 
 
 def load_decoder(
-    config: ModelConfig, source: TensorSource, allowed: np.ndarray, *, device: str | None, precision: str
+    config: ModelConfig,
+    source: TensorSource,
+    allowed: np.ndarray,
+    *,
+    device: str | None,
+    precision: str,
+    compilation_cache: Path | None = None,
+    data_home: Path | None = None,
 ) -> Decoder:
     """Reads the VLM of a pi0.5 checkpoint; its action expert is left on disk.
 
@@ -112,10 +121,13 @@ def load_decoder(
         allowed: (vocab_size,) bool, tokens that may be written.
         device: a JAX platform, e.g. `cuda` or `cpu`; JAX's own choice when None.
         precision: `bfloat16` (mixed, see jax/model.py) or `float32`.
+        compilation_cache: where compiled programs are kept; None: see `keep_programs`.
+        data_home: the same.
 
     Raises:
         CheckpointError: a leaf is missing or misshaped.
-        PolicyConfigError: an unknown precision, or a device that is not there.
+        PolicyConfigError: an unknown precision, a device that is not there, or a cache that cannot be written to.
     """
     chosen, dtype = parse_placement(device, precision)
+    keep_programs(chosen, compilation_cache, data_home)
     return Decoder(config, read_weights(config, source, dtype, chosen, parts=VLM), chosen, allowed)

@@ -22,6 +22,7 @@ def load_planner(
     default_prompt: str | None = None,
     max_batch_size: int = 1,
     tokenizer: Path | None = None,
+    compilation_cache: Path | None = None,
     data_home: Path | None = None,
 ) -> Planner:
     """Loads weights and tokenizer. Nothing is compiled yet: see `Planner.warm_up`.
@@ -34,7 +35,9 @@ def load_planner(
         default_prompt: goes before the configuration's.
         max_batch_size: most requests in a model call.
         tokenizer: a sentencepiece model; None: the configuration's, else PaliGemma's, fetched when it is not cached.
-        data_home: the cache of that; see `resolve`.
+        compilation_cache: where JAX keeps compiled programs; None: below `data_home` where that is given, and for a CPU
+            nowhere.
+        data_home: the cache of the tokenizer; see `resolve`.
 
     Raises:
         CheckpointError: weights or tokenizer are missing, do not fit, or are not what a planner can use.
@@ -47,7 +50,15 @@ def load_planner(
     with contextlib.closing(checkpoint.open()) as source:
         if "state_proj/kernel" in source.names():
             raise CheckpointError(f"{checkpoint_dir}: a pi0 checkpoint; a planner needs one of pi0.5")
-        decoder = load_decoder(config.model, source, allowed, device=device, precision=precision)
+        decoder = load_decoder(
+            config.model,
+            source,
+            allowed,
+            device=device,
+            precision=precision,
+            compilation_cache=compilation_cache,
+            data_home=data_home,
+        )
     return Planner(config, decoder, prompt_tokenizer, default_prompt=default_prompt, max_batch_size=max_batch_size)
 
 

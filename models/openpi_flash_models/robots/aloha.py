@@ -38,6 +38,7 @@ def aloha(*, adapt_to_pi: bool) -> Robot:
         action_dim=14,
         encode_state=_encode_state if adapt_to_pi else None,
         decode_actions=_decode_actions if adapt_to_pi else None,
+        encode_actions=_encode_actions if adapt_to_pi else None,
     )
 
 
@@ -53,6 +54,11 @@ def gripper_from_angular(angle: np.ndarray) -> np.ndarray:
     return (angle + _ANGLE_MIN - _COMMAND_MIN) / (_COMMAND_MAX - _COMMAND_MIN)
 
 
+def gripper_command_to_angular(command: np.ndarray) -> np.ndarray:
+    """The inverse of `gripper_from_angular`."""
+    return command * (_COMMAND_MAX - _COMMAND_MIN) + _COMMAND_MIN - _ANGLE_MIN
+
+
 def _encode_state(state: np.ndarray) -> np.ndarray:
     state = state * _SIGNS
     state[_GRIPPERS] = gripper_to_angular(state[_GRIPPERS])
@@ -62,4 +68,10 @@ def _encode_state(state: np.ndarray) -> np.ndarray:
 def _decode_actions(actions: np.ndarray) -> np.ndarray:
     actions = actions * _SIGNS
     actions[:, _GRIPPERS] = gripper_from_angular(actions[:, _GRIPPERS])
+    return actions
+
+
+def _encode_actions(actions: np.ndarray) -> np.ndarray:
+    actions = actions * _SIGNS
+    actions[:, _GRIPPERS] = gripper_command_to_angular(actions[:, _GRIPPERS])
     return actions

@@ -67,6 +67,7 @@ class Robot:
         action_dim: width of its actions: the first so many dimensions of the model's.
         encode_state: (state_dim,) float64 in the robot's units to the units of the training data.
         decode_actions: (horizon, action_dim) float64 in the units of the training data to the robot's.
+        encode_actions: its inverse; there where `decode_actions` is.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Robot:
     action_dim: int
     encode_state: Callable[[np.ndarray], np.ndarray] | None = None
     decode_actions: Callable[[np.ndarray], np.ndarray] | None = None
+    encode_actions: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         # Prefix order is the model's camera order, whatever the table's.
@@ -134,6 +136,10 @@ class Robot:
         """(horizon, ≥ action_dim) float64 in the units of the training data to (horizon, action_dim) in the robot's."""
         actions = actions[:, : self.action_dim]
         return self.decode_actions(actions) if self.decode_actions else actions
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """(horizon, action_dim) float64 in the robot's units to those of the training data: the inverse of `decode`."""
+        return self.encode_actions(actions) if self.encode_actions else actions
 
     def _pictures(self, observation: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
         images = []

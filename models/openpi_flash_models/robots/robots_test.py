@@ -122,3 +122,12 @@ def test_raw_robot_takes_entries_in_the_configured_order():
 def test_raw_robots_that_contradict_themselves_are_refused(cameras, message):
     with pytest.raises(ValueError, match=message):
         raw(tuple(cameras), (StateEntry("s", 2),), 2)
+
+
+def test_encoding_actions_undoes_decoding_them():
+    actions = np.random.default_rng(3).standard_normal((5, 14))
+    for robot in (aloha(adapt_to_pi=True), *ROBOTS.values()):
+        ours = actions[:, : robot.action_dim]
+        np.testing.assert_allclose(robot.encode(robot.decode(ours)), ours, atol=1e-12)
+    moved = aloha(adapt_to_pi=True).decode(actions)
+    assert np.abs(moved - actions).max() > 0.1

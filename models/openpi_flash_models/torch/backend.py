@@ -11,10 +11,12 @@ from openpi_flash_models import flow
 from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
+from openpi_flash_models.realtime import Method
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch import fp8, kernels
 from openpi_flash_models.torch.graphs import CudaRecorder, StaticCalls, upload
-from openpi_flash_models.torch.model import Inputs, Pi0, Schedule, integrate, make_schedule
+from openpi_flash_models.torch.model import Inputs, Pi0, Schedule, Step, integrate, make_schedule
+from openpi_flash_models.torch.realtime import sample_committed, sample_guided
 from openpi_flash_models.torch.weights import read_model
 
 COMPILE_MODES = {
@@ -103,23 +105,43 @@ class TorchBackend:
             self._prepare, self._velocity = compiled(model.prepare), compiled(model.velocity)
         self._schedule = functools.lru_cache(KEPT_SCHEDULES)(self._compute_schedule)
         self._schedule(num_steps)
-        self._recorded = None
+        self._recorded: dict[Method | None, StaticCalls] = {}
         if self.device.type == "cuda":
-            self._recorded = StaticCalls(self._bind, self.device, CudaRecorder(self.device))
+            recorder = CudaRecorder(self.device)
+            self._recorded = {
+                continues: StaticCalls(functools.partial(self._bind, continues), self.device, recorder)
+                for continues in (None, Method.TRAINED)
+            }
 
     def sample_actions(self, batch: ModelBatch) -> np.ndarray:
-        """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32."""
+        """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32.
+
+        Chunks that continue others are not compiled, and guided ones not recorded either.
+        """
         with torch.inference_mode():
-            if self._recorded is not None:
-                return self._recorded(batch)
-            return self._bind(self.upload(batch), batch.num_steps)().cpu().numpy()
+            if batch.continues in self._recorded:
+                return self._recorded[batch.continues](batch)
+            return self._bind(batch.continues, self.upload(batch), batch.num_steps)().cpu().numpy()
 
     def upload(self, batch: ModelBatch) -> Inputs:
         return upload(batch, self.device)
 
-    def _bind(self, inputs: Inputs, num_steps: int) -> Callable[[], Tensor]:
-        return functools.partial(integrate, self._prepare, self._velocity, inputs, self._schedule(num_steps))
+    def _bind(self, continues: Method | None, inputs: Inputs, num_steps: int) -> Callable[[], Tensor]:
+        schedule = self._schedule(num_steps)
+        if continues is Method.GUIDED:
+            return functools.partial(sample_guided, self.model, inputs, schedule)
+        if continues is Method.TRAINED:
+            return functools.partial(sample_committed, self.model, inputs, schedule, self._done)
+        return functools.partial(integrate, self._prepare, self._velocity, inputs, schedule)
+
+    @functools.cached_property
+    def _done(self) -> Step:
+        embedding = flow.time_embedding(np.zeros(1, np.float32), self.config.expert.width)
+        with torch.inference_mode(False), torch.no_grad():
+            (step,) = self.model.schedule(torch.from_numpy(embedding))
+        return step
 
     def _compute_schedule(self, num_steps: int) -> Schedule:
-        with torch.inference_mode():
+        # Not in inference mode: a guided flow is differentiated, and a schedule takes part in it.
+        with torch.inference_mode(False), torch.no_grad():
             return make_schedule(self.model, num_steps)

@@ -163,4 +163,4 @@ def upload(batch: ModelBatch, device: torch.device) -> Inputs:
 
 def arrays_of(batch: ModelBatch) -> tuple[np.ndarray, ...]:
     """A batch in the order of `Inputs`."""
-    return batch.images, batch.tokens, batch.token_mask, batch.state, batch.noise
+    return batch.images, batch.tokens, batch.token_mask, batch.state, batch.noise, *(batch.continuation or ())

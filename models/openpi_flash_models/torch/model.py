@@ -36,13 +36,15 @@ gate on the output of the block behind it."""
 
 
 class Inputs(NamedTuple):
-    """One batch, as `request.ModelBatch` has it, on the device."""
+    """One batch, as `request.ModelBatch` has it, on the device. The last two: its continuation."""
 
     images: Tensor
     tokens: Tensor
     token_mask: Tensor
     state: Tensor
     noise: Tensor
+    previous: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class Step(NamedTuple):

@@ -50,6 +50,8 @@ def load(settings: EngineSettings, action: ActionSettings) -> Policy:
         num_steps=action.num_steps,
         default_prompt=action.default_prompt,
         max_batch_size=action.max_batch_size,
+        real_time_chunking=action.real_time_chunking,
+        compilation_cache=settings.jax_compilation_cache_dir,
         data_home=settings.data_home,
     )
     logger.info(

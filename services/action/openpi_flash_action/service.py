@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc
-import numpy as np
 from google.protobuf import struct_pb2
 from openpi_flash.v1 import action_pb2, action_pb2_grpc, inference_pb2, types_pb2
 from openpi_flash_common.codec import (
@@ -90,9 +89,11 @@ def _prepare(policy: Policy, request: inference_pb2.InferRequest) -> PreparedPol
     """Decodes and prepares a request; what `models` finds wrong with it becomes the services' error."""
     channels_first = {spec.path for spec in policy.image_specs if spec.layout is ImageLayout.CHW}
     observation, prompt = observation_from_proto(request.observation, channels_first)
-    noise: np.ndarray | None = None
+    noise = previous_actions = None
     if request.HasField("noise"):
         noise = tensor_from_proto(request.noise, "noise")
+    if request.HasField("previous_actions"):
+        previous_actions = tensor_from_proto(request.previous_actions, "previous_actions")
     try:
         return policy.prepare(
             observation,
@@ -100,6 +101,9 @@ def _prepare(policy: Policy, request: inference_pb2.InferRequest) -> PreparedPol
             seed=request.seed if request.HasField("seed") else None,
             noise=noise,
             num_steps=request.num_steps or None,
+            previous_actions=previous_actions,
+            inference_delay=request.inference_delay if request.HasField("inference_delay") else None,
+            execution_horizon=request.execution_horizon if request.HasField("execution_horizon") else None,
         )
     except InvalidObservationError as error:
         raise InvalidArgumentError(str(error), error.field) from error
@@ -138,5 +142,6 @@ def _metadata(policy: Policy) -> inference_pb2.GetMetadataResponse:
             )
             for spec in policy.tensor_specs
         ],
+        real_time_chunking=policy.continues or "",
         server_version=importlib.metadata.version("openpi-flash-action"),
     )

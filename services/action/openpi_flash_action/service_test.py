@@ -48,7 +48,8 @@ class ArithmeticBackend:
         self.num_calls += 1
         assert self.gate.wait(30)
         brightness = batch.images.mean(axis=(1, 2, 3, 4), dtype=np.float32)
-        return (batch.noise + brightness[:, None, None]) / batch.num_steps
+        actions = (batch.noise + brightness[:, None, None]) / batch.num_steps
+        return actions if batch.continuation is None else actions + batch.continuation.actions
 
 
 class Service:
@@ -58,7 +59,14 @@ class Service:
         config = load_policy_config("pi0_aloha_sim")
         stats = NormStats(mean=np.zeros(14), std=np.ones(14), q01=None, q99=None)
         self.backend = ArithmeticBackend(config.model)
-        self.policy = Policy(config, self.backend, TOKENIZER, {"state": stats, "actions": stats}, max_batch_size=2)
+        self.policy = Policy(
+            config,
+            self.backend,
+            TOKENIZER,
+            {"state": stats, "actions": stats},
+            max_batch_size=2,
+            real_time_chunking=True,
+        )
         self.scheduler = Scheduler(4, telemetry)
         self.servicer = ActionServicer(self.scheduler, telemetry)
         self.server = self.servicer.server = GrpcServer(
@@ -150,6 +158,15 @@ async def test_options_reach_the_policy(service):
     assert (actions_of(response) != direct(service.policy, noise=noise)).any()
 
 
+async def test_a_chunk_may_continue_the_one_before(service):
+    chunk = direct(service.policy, seed=1)
+    numbers = {"inference_delay": 0, "execution_horizon": 4}
+    response = await service.stub.Infer(make_request(previous_actions=tensor_to_proto(chunk), **numbers), timeout=20)
+    expected = direct(service.policy, seed=7, previous_actions=chunk, **numbers)
+    assert actions_of(response).tobytes() == expected.tobytes()
+    assert (actions_of(response) != direct(service.policy, seed=7)).any()
+
+
 async def test_pictures_as_tensors_are_taken_as_the_robot_documents_them(service):
     request = make_request()
     request.observation.images.clear()
@@ -184,6 +201,7 @@ async def test_metadata_says_what_is_served(service):
         "robot_action_dim": 14,
         "default_num_steps": 10,
         "default_prompt": "Transfer cube",
+        "real_time_chunking": "guided",
         "image_specs": [
             {"path": HIGH, "required": True, **image},
             {"path": WRIST, **image},
@@ -216,6 +234,17 @@ def bad_requests() -> dict[str, tuple[inference_pb2.InferRequest, str, str]]:
     add("short picture", HIGH, "150527 bytes").observation.images[HIGH].data = PICTURES[HIGH].tobytes()[:-1]
     jpeg = add("jpeg that is none", HIGH, "do not decode as JPEG").observation.images[HIGH]
     jpeg.encoding = types_pb2.IMAGE_ENCODING_JPEG
+    chunk = tensor_to_proto(np.zeros((50, 14)))
+    continued = {"previous_actions": chunk, "inference_delay": 5, "execution_horizon": 10}
+    add("a delay past the horizon", "inference_delay", "from 0 to 10", **{**continued, "inference_delay": 11})
+    add("a delay alone", "inference_delay", "without previous_actions", inference_delay=0)
+    add("no delay", "inference_delay", "got None", previous_actions=chunk, execution_horizon=10)
+    short = {**continued, "previous_actions": tensor_to_proto(np.zeros((49, 14)))}
+    add("another horizon", "previous_actions", r"\(50, 14\), got \(49, 14\)", **short)
+    nan = {**continued, "previous_actions": tensor_to_proto(np.full((50, 14), np.nan))}
+    add("a chunk with NaN", "previous_actions", "finite", **nan)
+    lies = {**continued, "previous_actions": types_pb2.Tensor(dtype=13, shape=[1], data=b"1")}
+    add("a chunk that lies", "previous_actions", "exactly 8", **lies)
     for name, state, message in (
         ("state of another length", np.zeros(13), "14"),
         ("state with NaN", np.full(14, np.nan), "NaN|finite"),

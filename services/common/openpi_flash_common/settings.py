@@ -1,8 +1,9 @@
 """Settings of every service: one JSON file, overridden by `OPENPI_` environment variables, parsed once.
 
 `OPENPI_ACTION__CHECKPOINT_DIR` overrides `action.checkpoint_dir`: `__` nests, case does not matter, an empty value
-counts as unset, and lists or whole sections are given as JSON. `OPENPI_DATA_HOME` and `OPENPI_PYTORCH_COMPILE_MODE`
-follow the same rule. Unknown keys are errors; variables that name no section (Kubernetes makes some) are ignored.
+counts as unset, and lists or whole sections are given as JSON. `OPENPI_DATA_HOME`, `OPENPI_PYTORCH_COMPILE_MODE` and
+`OPENPI_JAX_COMPILATION_CACHE_DIR` follow the same rule. Unknown keys are errors; variables that name no section
+(Kubernetes makes some) are ignored.
 """
 
 import difflib
@@ -131,6 +132,10 @@ class ActionSettings(ModelSettings):
         " start where it moves the actions too far. null: as precision.",
     )
     num_steps: int = Field(default=10, ge=1, le=100, description="Flow steps of a request that names none.")
+    real_time_chunking: bool = Field(
+        default=False,
+        description="Let requests continue a previous chunk; the shapes to be warmed up are then twice as many.",
+    )
     grpc_port: Port = Field(default=50052, description="gRPC port of ActionService.")
 
 
@@ -349,6 +354,12 @@ class EngineSettings(_Section):
     )
     pytorch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
         Field(None, description="Mode of torch.compile; null: not compiled. On a GPU all run in CUDA graphs.")
+    )
+    jax_compilation_cache_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = Field(
+        default=None,
+        description="Where JAX keeps compiled programs from one start to the next; null: in compiled/jax below "
+        "data_home, and for a CPU nowhere. One that is named is used for a CPU as well: do not share it between "
+        "machines.",
     )
 
     @model_validator(mode="after")

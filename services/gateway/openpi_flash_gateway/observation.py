@@ -25,7 +25,8 @@ def request_from_dict(observation: Any) -> tuple[inference_pb2.InferRequest, boo
 
     Nested maps become names joined by `/`. Arrays, numpy scalars, numbers, bools and lists of numbers become tensors.
     These top-level keys are not part of the observation: `prompt` (str), and, beyond what openpi knows, `mode` (str),
-    `session_id` (str), `reset` (bool), `seed` (integer), `noise` (action_horizon, action_dim), `num_steps` (integer).
+    `session_id` (str), `reset` (bool), `seed` (integer), `noise` (action_horizon, action_dim), `num_steps` (integer),
+    `previous_actions` (action_horizon, robot action dims), `inference_delay` and `execution_horizon` (integers).
 
     Returns:
         The request, and whether its session is to be forgotten first (`reset`).
@@ -50,6 +51,12 @@ def request_from_dict(observation: Any) -> tuple[inference_pb2.InferRequest, boo
         request.num_steps = _integer(entries.pop("num_steps"), "num_steps", _MAX_UINT32)
     if "noise" in entries:
         request.noise.MergeFrom(tensor_to_proto(_array(entries.pop("noise"), "noise").astype(np.float32), "noise"))
+    if "previous_actions" in entries:
+        chunk = _array(entries.pop("previous_actions"), "previous_actions")
+        request.previous_actions.MergeFrom(tensor_to_proto(chunk, "previous_actions"))
+    for name in ("inference_delay", "execution_horizon"):
+        if name in entries:
+            setattr(request, name, _integer(entries.pop(name), name, _MAX_UINT32))
     tensors = request.observation.tensors
     for name, value in _flatten(entries, ""):
         if name in tensors:

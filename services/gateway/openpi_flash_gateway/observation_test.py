@@ -54,6 +54,19 @@ def test_reserved_keys_are_fields_of_the_request():
     assert not request.observation.HasField("prompt")
 
 
+def test_a_previous_chunk_is_no_part_of_the_observation():
+    chunk = np.arange(6.0).reshape(2, 3)
+    numbers = {"inference_delay": 0, "execution_horizon": np.int64(3)}
+    request, _ = request_from_dict({"previous_actions": chunk, **numbers})
+    previous = tensor_from_proto(request.previous_actions, "previous_actions")
+    np.testing.assert_array_equal(previous, chunk, strict=True)
+    assert request.HasField("inference_delay")
+    assert (request.inference_delay, request.execution_horizon) == (0, 3)
+    assert not request.observation.tensors
+    afresh, _ = request_from_dict({"a": 1})
+    assert not any(map(afresh.HasField, ("previous_actions", "inference_delay", "execution_horizon")))
+
+
 def test_reserved_names_are_ordinary_below_the_top_level():
     assert set(request_from_dict({"a": {"mode": 1, "seed": 2}})[0].observation.tensors) == {"a/mode", "a/seed"}
 
@@ -85,6 +98,9 @@ def test_prompts_come_in_several_kinds(prompt):
         ({"seed": True}, "seed: True; a whole number", "seed"),
         ({"seed": 1.5}, "seed: 1.5; a whole number", "seed"),
         ({"num_steps": 1 << 32}, "num_steps: 4294967296; a whole number from 0 to 4294967295", "num_steps"),
+        ({"previous_actions": "none"}, "previous_actions: a str; numbers are expected", "previous_actions"),
+        ({"inference_delay": -1}, "inference_delay: -1; a whole number", "inference_delay"),
+        ({"execution_horizon": 2.5}, "execution_horizon: 2.5; a whole number", "execution_horizon"),
         ({"noise": "loud"}, "noise: a str; numbers are expected", "noise"),
     ],
 )

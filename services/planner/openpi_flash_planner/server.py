@@ -45,6 +45,7 @@ def load(settings: EngineSettings, planner: PlannerSettings) -> Planner:
         precision=planner.precision,
         default_prompt=planner.default_prompt,
         max_batch_size=planner.max_batch_size,
+        compilation_cache=settings.jax_compilation_cache_dir,
         data_home=settings.data_home,
     )
     logger.info("planner loaded", extra={"config": config.name, "load_s": round(time.monotonic() - started, 2)})

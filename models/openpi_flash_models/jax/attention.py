@@ -1,0 +1,92 @@
+"""Attention, and by what it is computed.
+
+`attend_all` is for tokens that see each other, many queries at once: on an NVIDIA GPU cuDNN's fused kernel, where it
+takes the shapes, and einsums everywhere else. `attend` is for few queries over keys that lie in several places, the
+prefix's and their own: einsums, for no fused kernel leaves the places apart.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Part = tuple[Array, Array, Array | None]
+"""Keys and values that lie in one place, and which of them may be attended to; see `attend`."""
+
+logger = logging.getLogger(__name__)
+
+
+def attend_all(q: Array, keys: Array, values: Array, lengths: Array | None) -> Array:
+    """Attention of tokens to each other, in no order.
+
+    Args:
+        q: (B, T, N, h); head n reads key/value head n // (N/K).
+        keys: (B, T, K, h).
+        values: (B, T, K, h).
+        lengths: (B,) int32, at least 1: how many tokens, from the first, may be attended to; None: all.
+
+    Returns:
+        (B, T, N·h) in the dtype of q.
+    """
+    if not is_fused(q.shape[2:], keys.shape[2], q.dtype.name):
+        return attend_by_einsum(q, keys, values, lengths)
+    return lax.platform_dependent(q, keys, values, lengths, cuda=attend_fused, default=attend_by_einsum)
+
+
+def attend_by_einsum(q: Array, keys: Array, values: Array, lengths: Array | None) -> Array:
+    mask = None if lengths is None else (jnp.arange(q.shape[1]) < lengths[:, None])[:, None, None, None, :]
+    return attend(q, [(keys, values, mask)])
+
+
+def attend_fused(
+    q: Array, keys: Array, values: Array, lengths: Array | None, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> Array:
+    mixed = jax.nn.dot_product_attention(q, keys, values, key_value_seq_lengths=lengths, implementation=implementation)
+    return mixed.reshape(*q.shape[:2], -1)
+
+
+@functools.cache
+def is_fused(heads: tuple[int, int], num_kv_heads: int, dtype: str) -> bool:
+    """Whether cuDNN is here and takes (num_heads, head_dim) heads: found out by trying."""
+    if jax.default_backend() != "gpu" or dtype not in ("bfloat16", "float16"):
+        return False
+    try:
+        with jax.ensure_compile_time_eval():
+            q, keys = (jnp.zeros((1, 16, n, heads[1]), dtype) for n in (heads[0], num_kv_heads))
+            jax.block_until_ready(jax.jit(attend_fused)(q, keys, keys, jnp.full(1, 15, jnp.int32)))
+    except Exception as error:  # whatever it is, there is another way
+        logger.warning("attention of %d heads of %d is not fused: %s", *heads, error)
+        return False
+    return True
+
+
+def attend(q: Array, parts: Sequence[Part]) -> Array:
+    """Attention of queries (B, T, N, h) over keys that lie in several places, without bringing them together.
+
+    Args:
+        q: queries; head n reads key/value head n // (N/K).
+        parts: keys and values (B, S, K, h) and what may be attended to, broadcastable to (B, K, N/K, T, S), or None.
+            Every query must be allowed some key.
+
+    Returns:
+        (B, T, N·h) in the dtype of q.
+    """
+    batch, length, num_heads, head_dim = q.shape
+    q = q.reshape(batch, length, parts[0][0].shape[2], -1, head_dim)
+    logits = []
+    for keys, _, mask in parts:
+        part = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
+    # Softmax over all parts at once: they share the maximum and the sum.
+    top = lax.stop_gradient(functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
+    weights = [jnp.exp(part - top) for part in logits]
+    total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
+    mixed = [
+        jnp.einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values, preferred_element_type=jnp.float32)
+        for part, (_, values, _) in zip(weights, parts, strict=True)
+    ]
+    return functools.reduce(jnp.add, mixed).astype(q.dtype).reshape(batch, length, num_heads * head_dim)
