@@ -176,11 +176,17 @@ def write(written: Written, sampling: Sampling, allowed: Array) -> Written:
 def choose(logits: Array, step: Array, sampling: Sampling, allowed: Array) -> Array:
     """(B, V) float32 logits to (B,) int32 tokens; of equal ones the lowest id."""
     logits = jnp.where(allowed, logits, DISALLOWED)
-    random = (sampling.temperature > 0).any()
-    # Sorting a vocabulary costs as much as computing its logits: only those pay who asked for it.
-    logits = lax.cond(random & (sampling.top_k > 0).any(), keep_top_k, lambda logits, _: logits, logits, sampling.top_k)
-    logits = lax.cond(random, add_noise, lambda logits, *_: logits, logits, step, sampling)
+    # One question for each token: on a GPU the host answers it, and waits for the device to do so.
+    logits = lax.cond((sampling.temperature > 0).any(), perturb, lambda logits, *_: logits, logits, step, sampling)
     return logits.argmax(-1).astype(jnp.int32)
+
+
+def perturb(logits: Array, step: Array, sampling: Sampling) -> Array:
+    """The logits whose largest is a sample of what each row may choose from."""
+    # Sorting a vocabulary costs as much as computing its logits: only those pay who asked for it.
+    wants_top_k = (sampling.top_k > 0).any()
+    logits = lax.cond(wants_top_k, keep_top_k, lambda logits, _: logits, logits, sampling.top_k)
+    return add_noise(logits, step, sampling)
 
 
 def keep_top_k(logits: Array, top_k: Array) -> Array:
