@@ -248,7 +248,7 @@ def test_warm_up_runs_every_shape_that_can_occur():
     assert all(batch.token_mask.all() for batch in backend.batches)
 
     request = policy.prepare(aloha_observation(), prompt="go").request
-    assert WarmUpShape(1, request.shape_key.num_views, request.shape_key.prompt_bucket) in shapes
+    assert (1, request.shape_key.num_views, request.shape_key.prompt_bucket) in shapes
 
 
 def test_specs_say_what_to_send():
