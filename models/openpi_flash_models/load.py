@@ -113,7 +113,7 @@ def _load_backend(
         usual = "cuda" if torch.cuda.is_available() else "cpu"
         options = {**options, "device": options["device"] or usual, **only_torch}
     elif only_torch["prefix_precision"] is not None:
-        raise PolicyConfigError("prefix_precision: is PyTorch's; the JAX backend has none")
+        raise PolicyConfigError("prefix_precision: fp8 is PyTorch's; the JAX backend has none")
     with contextlib.closing(checkpoint.open()) as source:
         backend: Backend = module.load(config.model, source, **options)
     return backend
