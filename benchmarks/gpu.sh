@@ -3,7 +3,7 @@
 # `openpi-flash bench model` at full size. Results go to OUT (build/gpu). Arguments go to the benchmark.
 #
 # Where nothing can be installed: PYTHON=python3 runs from the source tree with what that Python has (PyTorch, JAX, numpy,
-# ml_dtypes, safetensors, sentencepiece, pillow, pydantic, pytest), and wheels of what it lacks (tensorstore, rich, …) are
+# ml_dtypes, tensorstore, safetensors, sentencepiece, pillow, rich, tqdm, pytest), and wheels of what it lacks are
 # unpacked from .whl, made before by `pip download --no-deps -d .whl …`.
 set -euo pipefail
 cd "$(dirname "$0")/.."

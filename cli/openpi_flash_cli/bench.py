@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from openpi_flash_common.settings import SettingsError
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
 from openpi_flash_models.cost import action_costs, planner_costs
+from openpi_flash_models.errors import PolicyConfigError
 from rich.console import Console
 from rich.table import Table
 
@@ -127,7 +127,7 @@ def find_device() -> str:
 def default_arms(device: str) -> list[str]:
     arms = [name for name in DEFAULT_ARMS if find_spec(FRAMEWORKS[ARMS[name]["backend"]])]
     if not arms:
-        raise SettingsError("neither PyTorch nor JAX is installed: pip install 'openpi-flash[torch,jax]'")
+        raise PolicyConfigError("neither PyTorch nor JAX is installed: pip install 'openpi-flash[torch,jax]'")
     return [name for name in arms if device == "cuda" or name != "torch-fp8"]
 
 

@@ -71,7 +71,7 @@ def load_policy(
         Layout.JAX: {"compilation_cache": compilation_cache, "data_home": data_home},
     }
     if prefix_precision is not None and checkpoint.layout is not Layout.TORCH:
-        raise PolicyConfigError("prefix_precision: is PyTorch's; the JAX backend has none")
+        raise PolicyConfigError("prefix_precision: fp8 is PyTorch's; the JAX backend has none")
     model = _load_backend(config, checkpoint, options | own_options[checkpoint.layout])
     return Policy(
         config,

@@ -69,6 +69,16 @@ def test_a_backend_that_the_checkpoint_is_not_for_is_refused(config):
         load_policy(config, MODEL / "checkpoint", backend="tf")
 
 
+def test_fp8_reaches_pytorch_and_jax_has_none(config):
+    config = dataclasses.replace(config, norm_stats=ASSETS / "droid/norm_stats.json")
+    for directory, message in (
+        (MODEL, "prefix_precision: fp8 goes with the precision bfloat16, not with float32"),
+        (MODEL / "checkpoint", "prefix_precision: fp8 is PyTorch's; the JAX backend has none"),
+    ):
+        with pytest.raises(PolicyConfigError, match=message):
+            load_policy(config, directory, device="cpu", precision="float32", prefix_precision="fp8")
+
+
 def test_statistics_are_found_in_the_checkpoint_or_one_directory_up(config, tmp_path):
     checkpoint = tmp_path / "converted"
     checkpoint.mkdir()

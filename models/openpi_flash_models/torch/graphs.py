@@ -50,7 +50,7 @@ class StaticInputs:
 
         def part(buffer: Tensor, offset: int, array: np.ndarray) -> Tensor:
             flat = buffer[offset : offset + array.nbytes]
-            return flat.view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+            return flat.view(torch.from_numpy(np.empty(0, array.dtype)).dtype).view(array.shape)
 
         places = list(zip(map(int, offsets), arrays, strict=False))
         self._arrays = [part(self._host, *place).numpy() for place in places]
