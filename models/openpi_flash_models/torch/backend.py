@@ -13,7 +13,7 @@ from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.realtime import Method
 from openpi_flash_models.request import ModelBatch
-from openpi_flash_models.torch import fp8, kernels
+from openpi_flash_models.torch import fp8, selection
 from openpi_flash_models.torch.graphs import CudaRecorder, StaticCalls, upload
 from openpi_flash_models.torch.model import Inputs, Pi0, Schedule, Step, integrate, make_schedule
 from openpi_flash_models.torch.realtime import sample_committed, sample_guided
@@ -97,7 +97,7 @@ class TorchBackend:
         self.device = torch.device(device)
         self._prepare, self._velocity = model.prepare, model.velocity
         if compile_mode is None:
-            model.ops = kernels.choose(self.config, self.device, model.dtype)
+            model.ops = selection.choose(self.config, self.device, model.dtype)
         else:
             torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
             # What is compiled is one flow step, whatever the number of steps.

@@ -9,10 +9,10 @@ from openpi_flash_models.checkpoints.safetensors_source import open_torch_source
 from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.config import GemmaConfig, ModelConfig, ModelType, VisionConfig
 from openpi_flash_models.request import ModelBatch
-from openpi_flash_models.torch import kernels
+from openpi_flash_models.torch import kernels, selection
 from openpi_flash_models.torch.backend import load
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; benchmarks/gpu.sh runs these on one")
 
 HEADS = {"depth": 2, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
 
@@ -42,8 +42,8 @@ def batch_of(size, *, num_views=2, length=32, num_steps=10, seed=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_works_at_full_size(dtype):
     device = torch.device("cuda")
-    assert kernels.mismatches(kernels.FUSED, ModelConfig(), device, dtype) == {}
-    assert kernels.choose(ModelConfig(), device, dtype) is kernels.FUSED
+    assert selection.mismatches(kernels.FUSED, ModelConfig(), device, dtype) == {}
+    assert selection.choose(ModelConfig(), device, dtype) is kernels.FUSED
 
 
 @pytest.mark.parametrize("options", [{}, {"compile_mode": "default"}, {"prefix_precision": "fp8"}], ids=str)

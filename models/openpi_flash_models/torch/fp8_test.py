@@ -11,8 +11,8 @@ from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.torch import fp8
 from openpi_flash_models.torch.backend import load
-from openpi_flash_models.torch.kernels import FP8, REFERENCE
 from openpi_flash_models.torch.model import Linear
+from openpi_flash_models.torch.ops import FP8, REFERENCE
 
 HEADS = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 CONFIG = ModelConfig(

@@ -1,225 +1,25 @@
-"""The operations between the model's matrix products, each twice: in plain PyTorch, and as one Triton kernel.
+"""The operations of ops.py as Triton kernels, one launch each.
 
 A flow step is short: on a GPU its time is that of its launches and of what they read and write between the products.
-Each operation below is a dozen kernels in plain PyTorch and one here. `REFERENCE` is what they compute, on any device
-and for any compiler; `FUSED` is the same on a GPU where Triton and a C compiler for its launcher are at hand. `choose`
-takes `FUSED` only where each of its operations gives what the reference gives, on that device.
-
-Shapes: B batch, T tokens, W width of a row, N query heads, K key/value heads, h head_dim, C capacity of a cache.
-No fused operation can be differentiated.
+`FUSED` needs a GPU, Triton, and a C compiler for its launcher. No fused operation can be differentiated. Shapes are
+those of ops.py.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
-from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.torch.ops import FP8, FP8_MAX, NORM_EPSILON, Ops, Rope, attend_prefix
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # there is none for this platform: the reference serves
     triton = None
-
-logger = logging.getLogger(__name__)
-
-NORM_EPSILON = 1e-6
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-"""The largest number of FP8."""
-
-Rope = tuple[Tensor, Tensor]
-"""Cosine and sine of tokens' rotations, (B or 1, T, h/2) float32."""
-
-
-class Ops(NamedTuple):
-    """One implementation of every operation. Where a factor, shift or gate is None, it is left out.
-
-    Attributes:
-        name: `reference` or `fused`.
-        rms_norm: (x (B, T, W), factor (W,), shift (W,)) to x over its root mean square, times factor, plus shift.
-        add_rms_norm: (x, y, gate (W,), factor, shift) to x + y·gate, rounded to the dtype of x, and the norm of that.
-        rotate_into_cache: (qkv (B, T, (N+2K)·h), rope, positions (B or 1, T), cache) to the rotated queries
-            (B, T, N, h); writes the rotated keys and the values to their positions of the cache (2, B, C, K, h).
-        geglu: (B, T, 2W), gate and up, to gelu(gate)·up, (B, T, W).
-        attend_prefix: (q (B, T, N, h), cache, lengths (B,) int32) to (B, T, N, h): each row attends to the first
-            `lengths` entries of its cache, of which there are at most T.
-        attend_suffix: the same, for few queries and however many entries.
-        quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
-    """
-
-    name: str
-    rms_norm: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-    rotate_into_cache: Callable[[Tensor, Rope, Tensor, Tensor], Tensor]
-    geglu: Callable[[Tensor], Tensor]
-    attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
-    attend_suffix: Callable[[Tensor, Tensor, Tensor], Tensor]
-    quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def choose(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest implementation of each operation that works on the device; the log says which are slow, and why."""
-    if device.type != "cuda":
-        return REFERENCE
-    if triton is None:
-        logger.warning("fused kernels are off, inference will be slower: Triton is not installed")
-        return REFERENCE
-    with torch.cuda.device(device), torch.inference_mode():
-        wrong = mismatches(FUSED, config, device, dtype)
-    for name, reason in wrong.items():
-        logger.warning("fused kernel %s is off, inference will be slower: %s", name, reason)
-    if not wrong:
-        return FUSED
-    return FUSED._replace(name=f"fused, but {', '.join(wrong)}", **{name: getattr(REFERENCE, name) for name in wrong})
-
-
-def mismatches(ops: Ops, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Which operations fail, or differ from the reference by more than rounding, at a model's widths; and how."""
-    wrong: dict[str, str] = {}
-    for name, arguments in trials(config, device, dtype):
-        expected_arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
-        expected = getattr(REFERENCE, name)(*expected_arguments)
-        try:
-            actual = getattr(ops, name)(*arguments)
-        except Exception as error:  # no C compiler, a GPU that Triton does not know, too little shared memory, …
-            wrong[name] = f"{type(error).__name__}: {error}"
-            continue
-        # What was written into an argument counts as well.
-        results, others = (
-            [*_tensors(actual), *_tensors(arguments)],
-            [*_tensors(expected), *_tensors(expected_arguments)],
-        )
-        if not all(_close(one, other) for one, other in zip(results, others, strict=True)):
-            wrong[name] = "its numbers are not those of plain PyTorch"
-    return wrong
-
-
-def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, list[Any]]]:
-    """A small call of every operation for each width that the model has: its name and arguments."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    gemma = config.vlm
-    for width in {config.vlm.width, config.expert.width}:
-        x, y = random(2, 3, width), random(2, 3, width)
-        gate, factor, shift = (random(width, dtype=torch.float32) for _ in range(3))
-        yield "rms_norm", [x, None, None]
-        yield "rms_norm", [x, factor, shift]
-        yield "add_rms_norm", [x, y, None, None, None]
-        yield "add_rms_norm", [x, y, gate, factor, shift]
-    for mlp_dim in {config.vlm.mlp_dim, config.expert.mlp_dim}:
-        yield "geglu", [random(2, 3, 2 * mlp_dim)]
-    capacity, lengths = 40, torch.tensor([40, 33], dtype=torch.int32, device=device)
-    cache = random(2, 2, capacity, gemma.num_kv_heads, gemma.head_dim)
-    for tokens, name in ((17, "attend_prefix"), (5, "attend_suffix")):
-        qkv = random(2, tokens, (gemma.num_heads + 2 * gemma.num_kv_heads) * gemma.head_dim)
-        positions = (lengths[:, None] - tokens).clamp(min=0) + torch.arange(tokens, device=device)
-        rope = rope_table(positions, gemma.head_dim)
-        yield "rotate_into_cache", [qkv, rope, positions, cache.clone()]
-        visible = lengths.clamp(max=tokens) if name == "attend_prefix" else lengths
-        yield name, [random(2, tokens, gemma.num_heads, gemma.head_dim), cache, visible]
-    # Exact in FP8 but for a power of two in each row: the last bit of a rounding is nobody's promise.
-    exact = random(5, config.vlm.width, dtype=torch.float32).to(FP8).float()
-    exact[:, 0] = FP8_MAX
-    yield "quantise_rows", [(exact * 2.0 ** torch.arange(-2, 3, device=device)[:, None]).to(dtype)]
-
-
-def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope:
-    """Cosine and sine, (B, T, h/2) float32, of positions (B, T)."""
-    exponents = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2 / head_dim)
-    angles = positions[..., None] / base**exponents
-    return angles.cos(), angles.sin()
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    values = (values,) if isinstance(values, Tensor) else values
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    tolerance = {torch.bfloat16: 2e-2, FP8: 0.0}.get(one.dtype, 1e-4)
-    return torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance)
-
-
-# --- In plain PyTorch
-
-
-def rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPSILON)
-    if factor is not None:
-        normed = normed * factor
-    if shift is not None:
-        normed = normed + shift
-    return normed.to(x.dtype)
-
-
-def add_rms_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    x = x + y if gate is None else (x + y * gate).to(x.dtype)
-    return x, rms_norm(x, factor, shift)
-
-
-def rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
-    kv_heads, head_dim = cache.shape[-2:]
-    heads = qkv.unflatten(-1, (-1, head_dim))
-    rotated = rotate(heads[:, :, :-kv_heads], rope)
-    rows = torch.arange(len(qkv), device=qkv.device)[:, None]
-    cache[0, rows, positions] = rotated[:, :, -kv_heads:]
-    cache[1, rows, positions] = heads[:, :, -kv_heads:]
-    return rotated[:, :, :-kv_heads]
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary position embedding of (B, T, heads, h): element i turns with element i + h/2."""
-    cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-
-def geglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    return attend(q, cache[:, :, : q.shape[1]], lengths)
-
-
-def attend(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    batch, tokens, num_heads, head_dim = q.shape
-    keys, values = cache.transpose(2, 3)
-    kv_heads = keys.shape[1]
-    mask = (torch.arange(cache.shape[2], device=q.device) < lengths[:, None])[:, None, None]
-    # The query heads that share a key head become rows of one attention, so that no key is copied for them.
-    rows = q.view(batch, tokens, kv_heads, -1, head_dim).transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)
-    attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
-    heads = attended.view(batch, kv_heads, tokens, num_heads // kv_heads, head_dim).transpose(1, 2)
-    return heads.reshape(batch, tokens, num_heads, head_dim)
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
-    return (wide / scale).to(FP8), scale
-
-
-REFERENCE = Ops("reference", rms_norm, add_rms_norm, rotate_into_cache, geglu, attend_prefix, attend, quantise_rows)
-
-
-# --- In Triton
 
 
 def fused_rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:

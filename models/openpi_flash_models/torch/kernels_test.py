@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
-from openpi_flash_models.torch import kernels
+from openpi_flash_models.torch import kernels, selection
+from openpi_flash_models.torch import ops as plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,26 +36,26 @@ def config(*, num_kv_heads=1, head_dim=10):
 )
 def test_a_wrong_kernel_is_found(op):
     def wrong(*arguments):
-        result = getattr(kernels.REFERENCE, op)(*arguments)
+        result = getattr(plain.REFERENCE, op)(*arguments)
         first = result if isinstance(result, torch.Tensor) else result[-1]
         first[0] = 1.5
         return result
 
-    ops = kernels.REFERENCE._replace(**{op: wrong})
-    assert op in kernels.mismatches(ops, config(), CPU, torch.float32)
-    assert kernels.mismatches(kernels.REFERENCE, config(), CPU, torch.float32) == {}
+    ops = plain.REFERENCE._replace(**{op: wrong})
+    assert op in selection.mismatches(ops, config(), CPU, torch.float32)
+    assert selection.mismatches(plain.REFERENCE, config(), CPU, torch.float32) == {}
 
 
 def test_a_kernel_that_fails_is_found_and_says_why():
     def fails(gate_up):
         raise RuntimeError("Failed to find C compiler")
 
-    wrong = kernels.mismatches(kernels.REFERENCE._replace(geglu=fails), config(), CPU, torch.float32)
+    wrong = selection.mismatches(plain.REFERENCE._replace(geglu=fails), config(), CPU, torch.float32)
     assert wrong == {"geglu": "RuntimeError: Failed to find C compiler"}
 
 
 def test_a_cpu_has_no_use_for_them():
-    assert kernels.choose(config(), CPU, torch.bfloat16) is kernels.REFERENCE
+    assert selection.choose(config(), CPU, torch.bfloat16) is plain.REFERENCE
 
 
 if INTERPRETED:
@@ -65,8 +66,8 @@ if INTERPRETED:
         # FlashAttention is PyTorch's own, and no CPU has it.
         fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
-            fused = fused._replace(attend_prefix=kernels.attend_prefix, attend_suffix=kernels.attend)
-        assert kernels.mismatches(fused, config(**sizes), CPU, dtype) == {}
+            fused = fused._replace(attend_prefix=plain.attend_prefix, attend_suffix=plain.attend)
+        assert selection.mismatches(fused, config(**sizes), CPU, dtype) == {}
 
     @pytest.mark.parametrize("num_splits", [1, 3, 16])
     @pytest.mark.parametrize("length", [1, 33, 97])
@@ -74,7 +75,7 @@ if INTERPRETED:
         generator = torch.Generator().manual_seed(0)
         q, cache = torch.randn(1, 3, 4, 16, generator=generator), torch.randn(2, 1, 100, 2, 16, generator=generator)
         lengths = torch.tensor([length], dtype=torch.int32)
-        expected = kernels.attend(q, cache, lengths)
+        expected = plain.attend(q, cache, lengths)
         cache[:, :, length:] = torch.nan  # a kernel has no business there
         actual = kernels.fused_attend_suffix(q, cache, lengths, num_splits=num_splits)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
 """pi0 and pi0.5 in PyTorch, inference only: everything from camera images to an action chunk.
 
 Reads from the top: `Pi0.sample_actions` is the whole computation, and every method below it is one of its parts. What
-lies between matrix products is in kernels.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix
+lies between matrix products is in ops.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix
 tokens, T any tokens, H action horizon, A action_dim, D VLM width, E expert width, N query heads, K key/value heads,
 h head_dim, L layers.
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openpi_flash_models import flow
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
-from openpi_flash_models.torch.kernels import NORM_EPSILON, REFERENCE, Ops, Rope, rope_table
+from openpi_flash_models.torch.ops import NORM_EPSILON, REFERENCE, Ops, Rope, rope_table
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from openpi_flash_models import flow, realtime
-from openpi_flash_models.torch.kernels import REFERENCE
 from openpi_flash_models.torch.model import Context, Inputs, Pi0, Schedule, Step
+from openpi_flash_models.torch.ops import REFERENCE
 
 
 def sample_guided(model: Pi0, inputs: Inputs, schedule: Schedule) -> Tensor:

@@ -1,0 +1,119 @@
+"""The operations between the model's matrix products, in plain PyTorch, which any device and any compiler understands.
+
+`REFERENCE` says what each computes. kernels.py has the same for a GPU, one Triton kernel where here are a dozen;
+selection.py chooses.
+
+Shapes: B batch, T tokens, W width of a row, N query heads, K key/value heads, h head_dim, C capacity of a cache.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+
+NORM_EPSILON = 1e-6
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+"""The largest number of FP8."""
+
+Rope = tuple[Tensor, Tensor]
+"""Cosine and sine of tokens' rotations, (B or 1, T, h/2) float32."""
+
+
+class Ops(NamedTuple):
+    """One implementation of every operation. Where a factor, shift or gate is None, it is left out.
+
+    Attributes:
+        name: `reference` or `fused`.
+        rms_norm: (x (B, T, W), factor (W,), shift (W,)) to x over its root mean square, times factor, plus shift.
+        add_rms_norm: (x, y, gate (W,), factor, shift) to x + y·gate, rounded to the dtype of x, and the norm of that.
+        rotate_into_cache: (qkv (B, T, (N+2K)·h), rope, positions (B or 1, T), cache) to the rotated queries
+            (B, T, N, h); writes the rotated keys and the values to their positions of the cache (2, B, C, K, h).
+        geglu: (B, T, 2W), gate and up, to gelu(gate)·up, (B, T, W).
+        attend_prefix: (q (B, T, N, h), cache, lengths (B,) int32) to (B, T, N, h): each row attends to the first
+            `lengths` entries of its cache, of which there are at most T.
+        attend_suffix: the same, for few queries and however many entries.
+        quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
+    """
+
+    name: str
+    rms_norm: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    rotate_into_cache: Callable[[Tensor, Rope, Tensor, Tensor], Tensor]
+    geglu: Callable[[Tensor], Tensor]
+    attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend_suffix: Callable[[Tensor, Tensor, Tensor], Tensor]
+    quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope:
+    """Cosine and sine, (B, T, h/2) float32, of positions (B, T)."""
+    exponents = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2 / head_dim)
+    angles = positions[..., None] / base**exponents
+    return angles.cos(), angles.sin()
+
+
+def rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    if factor is not None:
+        normed = normed * factor
+    if shift is not None:
+        normed = normed + shift
+    return normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = x + y if gate is None else (x + y * gate).to(x.dtype)
+    return x, rms_norm(x, factor, shift)
+
+
+def rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
+    kv_heads, head_dim = cache.shape[-2:]
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    rotated = rotate(heads[:, :, :-kv_heads], rope)
+    rows = torch.arange(len(qkv), device=qkv.device)[:, None]
+    cache[0, rows, positions] = rotated[:, :, -kv_heads:]
+    cache[1, rows, positions] = heads[:, :, -kv_heads:]
+    return rotated[:, :, :-kv_heads]
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding of (B, T, heads, h): element i turns with element i + h/2."""
+    cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    return attend(q, cache[:, :, : q.shape[1]], lengths)
+
+
+def attend(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    batch, tokens, num_heads, head_dim = q.shape
+    keys, values = cache.transpose(2, 3)
+    kv_heads = keys.shape[1]
+    mask = (torch.arange(cache.shape[2], device=q.device) < lengths[:, None])[:, None, None]
+    # The query heads that share a key head become rows of one attention, so that no key is copied for them.
+    rows = q.view(batch, tokens, kv_heads, -1, head_dim).transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)
+    attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    heads = attended.view(batch, kv_heads, tokens, num_heads // kv_heads, head_dim).transpose(1, 2)
+    return heads.reshape(batch, tokens, num_heads, head_dim)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    return (wide / scale).to(FP8), scale
+
+
+REFERENCE = Ops("reference", rms_norm, add_rms_norm, rotate_into_cache, geglu, attend_prefix, attend, quantise_rows)
