@@ -39,7 +39,10 @@ const CONNECTION: usize = 256 << 10;
 const BEFORE_HELLO: usize = 2 * ((1 << 20) + (64 << 10)) + (2 << 20) + (5 << 18);
 
 /// Longest that anything is waited for; nothing depends on it unless the test fails.
-const AT_MOST: Duration = Duration::from_secs(120);
+const AT_MOST: Duration = Duration::from_secs(150);
+
+/// After which a peer gives up by itself, and says so, before the whole attack is taken for one that hangs.
+const PATIENCE: Duration = Duration::from_secs(50);
 
 const TOKEN: &str = "the robot's";
 
@@ -110,8 +113,8 @@ impl Server {
         options.trust = Trust::CaFile(self.certificate());
         options.token = TOKEN.into();
         // The machine may be slow, and a time-out is no attack.
-        options.tuning.idle_timeout = AT_MOST;
-        (options.connect_timeout, options.call_timeout) = (AT_MOST, AT_MOST);
+        options.tuning.idle_timeout = PATIENCE;
+        (options.connect_timeout, options.call_timeout) = (PATIENCE, PATIENCE);
         options
     }
 
@@ -221,7 +224,7 @@ impl Peers {
     }
 
     fn from(source: Ipv4Addr, server: &Server, trust: &Trust, certificate: Option<&Certified>) -> Self {
-        let tuning = Tuning { idle_timeout: AT_MOST, ..Tuning::default() };
+        let tuning = Tuning { idle_timeout: PATIENCE, ..Tuning::default() };
         let mut config = quinn::ClientConfig::new(Arc::new(tls::client(trust, certificate).unwrap()));
         config.transport_config(Arc::new(tuning.transport()));
         let mut endpoint = Endpoint::client((source, 0).into()).unwrap();
@@ -481,7 +484,8 @@ async fn a_flood_of_handshakes_is_cut_off() {
     const PER_ADDRESS: usize = 16;
     const CONNECTIONS: usize = 64;
     let limits = ["--max-handshakes-per-address", "8", "--handshakes-before-retry", "4", "--max-connections", "64"];
-    let server = Server::start(&[&limits[..], &["--handshake-timeout-ms", "120000"]].concat());
+    // Shorter than a robot's patience: a flood may drown a silent peer's farewell, and its place is free only then.
+    let server = Server::start(&[&limits[..], &["--handshake-timeout-ms", "30000"]].concat());
     let attack = async {
         let mut attempts = JoinSet::new();
         for host in 2..22 {
@@ -509,6 +513,8 @@ async fn a_flood_of_handshakes_is_cut_off() {
                 (_, Err(ConnectionError::ConnectionClosed(close))) => {
                     assert_eq!(close.error_code, TransportErrorCode::CONNECTION_REFUSED);
                 }
+                // Too much of what it sent was drowned: the server has given it up in the middle of its handshake.
+                (_, Err(ConnectionError::TimedOut)) => {}
                 (_, Err(error)) => panic!("{error}"),
             }
         }
