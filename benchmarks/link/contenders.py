@@ -43,6 +43,7 @@ class Contender:
         client: what robot.py drives.
         port: of the server.
         encoding: how the server has pictures sent over QUIC. Lossless: raw, or PNG where the link is slow.
+        jpeg: quality and subsampling, where they are sent as JPEG; unless set, the server's own.
         python: interpreter of the robot.
     """
 
@@ -50,6 +51,7 @@ class Contender:
     client: Literal["openpi-client", "grpc", "quic", "sidecar"]
     port: int
     encoding: Literal["lossless", "raw", "jpeg"] = "lossless"
+    jpeg: tuple[int, str] = (90, "4:2:0")
     python: str | Path = sys.executable
 
     @property
@@ -70,8 +72,9 @@ GRPC = Contender("our gRPC", "grpc", 50051)
 SIDECAR = Contender("our QUIC, by sidecar", "sidecar", 5555)
 QUIC = Contender("our QUIC, lossless", "quic", 5555)
 QUIC_RAW = Contender("our QUIC, raw", "quic", 5755, encoding="raw")
-QUIC_JPEG = Contender("our QUIC, JPEG", "quic", 5655, encoding="jpeg")
-CONTENDERS = (STOCK, WEBSOCKET, GRPC, SIDECAR, QUIC_RAW, QUIC, QUIC_JPEG)
+QUIC_JPEG_95 = Contender("our QUIC, JPEG 95 4:4:4", "quic", 5655, encoding="jpeg", jpeg=(95, "4:4:4"))
+QUIC_JPEG = Contender("our QUIC, JPEG 90 4:2:0", "quic", 5855, encoding="jpeg")
+CONTENDERS = (STOCK, WEBSOCKET, GRPC, SIDECAR, QUIC_RAW, QUIC, QUIC_JPEG_95, QUIC_JPEG)
 ACTION_PORT = 50052
 
 
@@ -97,21 +100,21 @@ def start_servers(namespace: Namespace, directory: Path, contenders: Iterable[Co
         ]
         _start(namespace, [sys.executable, script, *arguments])
     if contenders - {STOCK}:
-        settings = _write_settings(
-            directory, tiny, QUIC.encoding, websocket_port=WEBSOCKET.port, grpc_port=GRPC.port, quic_port=QUIC.port
-        )
+        settings = _write_settings(directory, tiny, QUIC, websocket_port=WEBSOCKET.port, grpc_port=GRPC.port)
         _start(namespace, [sys.executable, HERE.parent / "instant.py", "--config", settings])
         _start_gateway(namespace, settings, edge=bool(contenders & {QUIC, SIDECAR}))
-    for contender in contenders & {QUIC_RAW, QUIC_JPEG}:
+    for contender in contenders & {QUIC_RAW, QUIC_JPEG_95, QUIC_JPEG}:
         others = {"websocket_port": contender.port + 1, "grpc_port": contender.port + 2}  # which nobody asks
-        settings = _write_settings(directory, tiny, contender.encoding, quic_port=contender.port, **others)
+        settings = _write_settings(directory, tiny, contender, **others)
         _start_gateway(namespace, settings, edge=True)
 
 
 def _write_settings(
-    directory: Path, tiny: TinyPolicy, encoding: str, *, websocket_port: int, grpc_port: int, quic_port: int
+    directory: Path, tiny: TinyPolicy, contender: Contender, *, websocket_port: int, grpc_port: int
 ) -> Path:
-    images = {"encoding": encoding, "quality": photographs.JPEG_QUALITY, "subsampling": "4:4:4"}
+    """What the gateway and the edge of a contender read, in a file named after its port."""
+    quality, subsampling = contender.jpeg
+    images = {"encoding": contender.encoding, "quality": quality, "subsampling": subsampling}
     settings = {
         "action": {
             "model_config_name": str(tiny.policy_file),
@@ -124,13 +127,13 @@ def _write_settings(
         },
         "action_transport": {
             "websocket_port": websocket_port,
-            "quic_port": quic_port,
-            "unix_socket_path": str(directory / f"{encoding}.sock"),
+            "quic_port": contender.port,
+            "unix_socket_path": str(directory / f"{contender.port}.sock"),
         },
         "gateway": {"host": "0.0.0.0", "grpc_port": grpc_port, "admin": None, "images": images},
         "log": {"level": "error"},
     }
-    path = directory / f"{encoding}.json"
+    path = directory / f"{contender.port}.json"
     path.write_text(json.dumps(settings))
     return path
 
@@ -163,12 +166,12 @@ class Photographs:
         loaded = {name: photographs.load(*size) for name, size in PICTURES.items()}
         np.savez(self.path, **loaded)  # type: ignore[arg-type]
         self._raw_bytes = {name: 3 * height * width * 3 for name, (height, width) in PICTURES.items()}
-        self._jpeg_bytes = photographs.jpeg_bytes(loaded[MODEL_PICTURES])
+        self._views = photographs.views(loaded[MODEL_PICTURES], 0)
 
     def sent_bytes(self, pictures: str, contender: Contender) -> int:
         """Bytes of pictures in one call, as they are or as JPEG; over QUIC first scaled to what the model sees."""
         if contender.encoding == "jpeg":
-            return self._jpeg_bytes
+            return photographs.jpeg_bytes(self._views, *contender.jpeg)
         return self._raw_bytes[MODEL_PICTURES if contender.client == "quic" else pictures]
 
 

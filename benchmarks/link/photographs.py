@@ -3,6 +3,7 @@
 import io
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ CACHE = HERE.parents[1] / ".cache/link/photographs"
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png")
 MARGIN = 32
 """Pixels by which a photograph is larger than a camera's picture, which is a part of it that moves."""
-JPEG_QUALITY = 95
 
 
 def load(height: int, width: int) -> np.ndarray:
@@ -36,12 +36,12 @@ def views(photographs: np.ndarray, step: int) -> list[np.ndarray]:
     return [np.ascontiguousarray(photograph[top : top + height, left : left + width]) for photograph in photographs]
 
 
-def jpeg_bytes(photographs: np.ndarray) -> int:
-    """Bytes of one moment's pictures as JPEG, quality 95, 4:4:4."""
+def jpeg_bytes(pictures: Iterable[np.ndarray], quality: int, subsampling: str) -> int:
+    """Bytes of pictures as JPEG."""
     total = 0
-    for view in views(photographs, 0):
+    for picture in pictures:
         file = io.BytesIO()
-        Image.fromarray(view).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        Image.fromarray(picture).save(file, "JPEG", quality=quality, subsampling=subsampling)
         total += len(file.getvalue())
     return total
 

@@ -106,6 +106,8 @@ QUICK = Plan(
         *(Setting(20, 100, loss, CAMERA_PICTURES, only_busy=True) for loss in ("none", "1%")),
         Setting(80, 100),
     ),
+    busy_s=1.3,
+    lossy_busy_s=2.2,
 )
 FULL = Plan(
     settings=(
