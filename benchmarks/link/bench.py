@@ -12,10 +12,12 @@ in short blocks, so that a noisy moment of the machine hits all of them.
 import argparse
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from typing import Any
 from benchmarks.link import crowd, fairness, table
 from benchmarks.link.contenders import CONTENDERS, SIDECAR, STOCK_PYTHON, transport_binary
 from benchmarks.link.link import CONGESTION_CONTROL, LinkError, Network
+from benchmarks.link.table import IDLE_PERIOD_S
 
 COMMANDS = {"table": table, "fairness": fairness, "robots": crowd}
 PACKAGES = ("openpi-client", "openpi-flash-client", "websockets", "grpcio", "numpy")
@@ -77,6 +80,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores",
         "kernel": platform.release(),
         "congestion control": f"{CONGESTION_CONTROL}, without the memory of earlier connections",
+        "1 MiB of new memory": "{:.1f} ms back to back, {:.1f} ms each after half a second of rest".format(*touch_ms()),
         "Python": platform.python_version(),
         "ours": versions(sys.path),
         "stock client": versions([str(stock_site)]) if stock_site else "not installed",
@@ -85,6 +89,25 @@ def describe_machine() -> dict[str, Any]:
         version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
         machine["edge"] = version.stdout.strip() or "unknown"
     return machine
+
+
+def touch_ms() -> tuple[float, float]:
+    """What the first touch of 1 MiB takes: back to back, and rested. Where the latter is many times the former, as on
+    some virtual machines, calls after a pause tell of the machine, and the more the more processes they go through.
+    """
+
+    def touch() -> float:
+        started = time.perf_counter()
+        with mmap.mmap(-1, 1 << 20) as memory:
+            for offset in range(0, len(memory), mmap.PAGESIZE):
+                memory[offset] = 1
+        return (time.perf_counter() - started) * 1e3
+
+    def touch_rested() -> float:
+        time.sleep(IDLE_PERIOD_S)
+        return touch()
+
+    return statistics.median(touch() for _ in range(20)), statistics.median(touch_rested() for _ in range(7))
 
 
 def versions(folders: list[str]) -> str:
