@@ -106,8 +106,9 @@ QUICK = Plan(
         *(Setting(20, 100, loss, CAMERA_PICTURES, only_busy=True) for loss in ("none", "1%")),
         Setting(80, 100),
     ),
-    busy_s=1.3,
-    lossy_busy_s=2.2,
+    idle=2,
+    busy_s=1.2,
+    lossy_busy_s=1.8,
 )
 FULL = Plan(
     settings=(
@@ -145,7 +146,8 @@ class Cell:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a few links only, in less than five minutes")
+    parser.add_argument("--quick", action="store_true", help="a few links only, in about five minutes")
+    parser.add_argument("--rounds", type=int, help=f"turns of each contender on each link ({FULL.rounds})")
 
 
 def run(
@@ -157,6 +159,8 @@ def run(
     """
     started = time.monotonic()
     plan = QUICK if arguments.quick else FULL
+    if arguments.rounds:
+        plan = dataclasses.replace(plan, rounds=arguments.rounds)
     say(f"{len(plan.settings)} links, {len(contenders)} contenders: about {plan.minutes(len(contenders)):.0f} minutes")
     server, robot = network.namespace("server"), network.namespace("robot")
     link = network.link(robot, server)
