@@ -13,6 +13,7 @@ One portal is for one policy at a time. A relay is run on a machine that both ca
     QUIC_RELAY_KEY=… python -m openpi_flash_client.portal 0.0.0.0:3479
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -23,7 +24,6 @@ import secrets
 import selectors
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -566,13 +566,23 @@ _IP_MTU_DISCOVER, _IP_PMTUDISC_DO = 10, 2
 def main() -> None:
     """Runs a relay."""
     logging.basicConfig(level=logging.INFO)
-    host, _, port = (sys.argv[1] if len(sys.argv) > 1 else f"0.0.0.0:{RELAY_PORT}").rpartition(":")
+    parser = argparse.ArgumentParser(prog="python -m openpi_flash_client.portal", description=main.__doc__)
+    default = f"0.0.0.0:{RELAY_PORT}"
+    parser.add_argument("address", nargs="?", type=_read_address, default=default, help=f"HOST:PORT, UDP ({default})")
+    address = parser.parse_args().address
     key = os.environ.get("QUIC_RELAY_KEY", "")
     if not key:
-        sys.exit("QUIC_RELAY_KEY is not set: without a key, anybody could use this relay")
-    relay = Relay((host, int(port)), key)
+        parser.error("QUIC_RELAY_KEY is not set: without a key, anybody could use this relay")
+    relay = Relay(address, key)
     logger.info("relaying on UDP port %d", relay.port)
     relay.run(threading.Event())
+
+
+def _read_address(text: str) -> Address:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: HOST:PORT is expected")
+    return host, int(port)
 
 
 if __name__ == "__main__":

@@ -373,3 +373,16 @@ def test_the_usual_stun_servers_are_those_of_the_module_when_they_are_asked(stun
     monkeypatch.setattr(portal, "_candidates", candidates)
     with Portal(store):
         assert "127.0.0.1" in [host for found in addresses for host, _ in found], "as the STUN server sees it"
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "message"),
+    [("0.0.0.0:3479", "", "QUIC_RELAY_KEY is not set"), ("3479", "sesame", "'3479': HOST:PORT is expected")],
+)
+def test_a_relay_says_what_it_needs(argument, key, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["portal", argument])
+    monkeypatch.setenv("QUIC_RELAY_KEY", key)
+    with pytest.raises(SystemExit) as ended:
+        portal.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
