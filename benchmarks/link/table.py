@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 import time
@@ -148,6 +149,7 @@ class Cell:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few links only, in about five minutes")
     parser.add_argument("--rounds", type=int, help=f"turns of each contender on each link ({FULL.rounds})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no other link after so many minutes")
 
 
 def run(
@@ -178,6 +180,9 @@ def run(
         if carried[setting.rate_mbit] < CARRIED_SHARE * setting.rate_mbit:
             for cell in cells[-len(robots) :]:
                 cell.doubt = f"this machine carries {carried[setting.rate_mbit]:.0f} Mbit/s"
+        if time.monotonic() - started > arguments.minutes * 60:
+            say("no time for what follows")
+            break
     minutes = (time.monotonic() - started) / 60
     say(f"took {minutes:.1f} minutes")
     figures = {"minutes": minutes, "carried_mbit": carried, "cells": [dataclasses.asdict(cell) for cell in cells]}

@@ -72,10 +72,11 @@ def test_every_kind_of_call_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         photographs, "load", lambda height, width: pictures.repeat(height + 32, 1).repeat(width + 32, 2)
     )
-    plan = Plan((Setting(20, 100),), rounds=9, first=1, idle=1, settle=1, busy=2, busy_s=60, lossy_busy_s=60)
+    links = (Setting(20, 100), Setting(80, 100))
+    plan = Plan(links, rounds=9, first=1, idle=1, settle=1, busy=2, busy_s=60, lossy_busy_s=60)
     monkeypatch.setattr(table, "QUICK", plan)
     with Network() as network:
-        figures, lines = table.run(network, tmp_path, [GRPC], argparse.Namespace(quick=True, rounds=2))
+        figures, lines = table.run(network, tmp_path, [GRPC], argparse.Namespace(quick=True, rounds=2, minutes=0))
     (cell,) = figures["cells"]
     assert cell["setting"] == dataclasses.asdict(plan.settings[0])
     assert cell["setting"]["pictures"] == MODEL_PICTURES
