@@ -193,7 +193,7 @@ def start_robots(stack: ExitStack, engine: Engine, directory: Path) -> dict[str,
     np.savez(directory / "observation.npz", **observation)
     observation["prompt"] = PROMPT
     grpc = stack.enter_context(GrpcPolicy("127.0.0.1", engine.grpc_port))
-    quic = stack.enter_context(FlashTransportPolicy("127.0.0.1", engine.quic_port, fingerprint=engine.fingerprint()))
+    quic = stack.enter_context(engine.over_quic())
     robots = {
         "WebSocket, openpi-client": Robot(engine.websocket_port()),
         "gRPC": Robot(engine.grpc_port),

@@ -8,7 +8,7 @@ import pytest
 from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import TinyPolicy, make_tiny_policy
 
-from tests.support import READY, Engine, start_engine
+from tests.support import Engine, running_engine
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +23,8 @@ def engine(
     request: pytest.FixtureRequest, tiny_policies: dict[str, TinyPolicy], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     """A ready engine, with each backend in turn. Tests that harm it start their own."""
-    engine = start_engine(tiny_policies[request.param], tmp_path_factory.mktemp(f"engine-{request.param}"))
-    try:
-        engine.wait_for(READY)
+    with running_engine(tiny_policies[request.param], tmp_path_factory.mktemp(f"engine-{request.param}")) as engine:
         yield engine
-        assert engine.stop() == 0
-    finally:
-        engine.process.kill()
 
 
 @pytest.fixture

@@ -16,13 +16,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from openpi_flash.v1 import inference_pb2, types_pb2
 from openpi_flash_cli.demo import free_ports
 from openpi_flash_cli.edge import find_binary
 from openpi_flash_cli.tiny import TinyPolicy
+from openpi_flash_client import FlashTransportPolicy
+from openpi_flash_common import openpi_msgpack
 from PIL import Image
+from websockets.sync.client import ClientConnection, connect
+
+from benchmarks.link.link import unavailable
 
 READY = "Service ready"
+
+needs_links = pytest.mark.skipif(unavailable() is not None, reason=f"no emulated links here: {unavailable()}")
+"""For tests on links as benchmarks/link emulates them."""
 
 
 @dataclasses.dataclass
@@ -72,6 +81,17 @@ class Engine:
         found = [match[1] for line in self.log if (match := re.search(r"fingerprint=([0-9a-f]+)", line))]
         return found[-1]
 
+    def over_quic(self, **options: Any) -> FlashTransportPolicy:
+        """A robot's client; the options are its own."""
+        return FlashTransportPolicy("127.0.0.1", self.quic_port, fingerprint=self.fingerprint(), **options)
+
+    @contextlib.contextmanager
+    def over_websocket(self) -> Iterator[ClientConnection]:
+        """A connection after the server's metadata, for `ask`."""
+        with connect(f"ws://127.0.0.1:{self.websocket_port()}", compression=None, max_size=None) as connection:
+            assert openpi_msgpack.unpackb(connection.recv(60)) == {}  # DROID's configurations have no metadata
+            yield connection
+
     def child_pid(self, module: str) -> int:
         """The process that runs a service, e.g. `openpi_flash_action`."""
         return next(pid for pid in self._children() if module in Path(f"/proc/{pid}/cmdline").read_text())
@@ -95,6 +115,20 @@ class Engine:
             return []
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
+
+
+@contextlib.contextmanager
+def running_engine(
+    tiny: TinyPolicy, directory: Path, *, ready: str | re.Pattern[str] = READY, **settings: Any
+) -> Iterator[Engine]:
+    """An engine as `start_engine` starts it, once it is ready; it has to stop cleanly."""
+    engine = start_engine(tiny, directory, **settings)
+    try:
+        engine.wait_for(ready)
+        yield engine
+        assert engine.stop() == 0
+    finally:
+        engine.kill()
 
 
 def start_engine(
@@ -175,6 +209,13 @@ def transport_binary() -> Path:
     path = find_binary()
     assert path is not None
     return path
+
+
+def ask(connection: ClientConnection, observation: dict[str, Any]) -> Any:
+    """What the server answers over WebSocket: a dictionary, or its refusal."""
+    connection.send(openpi_msgpack.packb(observation))
+    answer = connection.recv(60)
+    return answer if isinstance(answer, str) else openpi_msgpack.unpackb(answer)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from openpi_flash_cli.edge import BINARY, BINARY_VARIABLE, edge_program, find_binary
 from openpi_flash_cli.tiny import TinyPolicy, make_tiny_policy
-from openpi_flash_common.settings import load_settings
+from openpi_flash_common.settings import ImageSettings, load_settings
 
 from benchmarks.link import photographs
 from benchmarks.link.link import Link, Namespace
@@ -43,7 +43,7 @@ class Contender:
         client: what robot.py drives.
         port: of the server.
         encoding: how the server has pictures sent over QUIC. Lossless: raw, or PNG where the link is slow.
-        jpeg: quality and subsampling, where they are sent as JPEG; unless set, the server's own.
+        jpeg: quality and subsampling, where they are sent as JPEG.
         python: interpreter of the robot.
     """
 
@@ -51,7 +51,7 @@ class Contender:
     client: Literal["openpi-client", "grpc", "quic", "sidecar"]
     port: int
     encoding: Literal["lossless", "raw", "jpeg"] = "lossless"
-    jpeg: tuple[int, str] = (90, "4:2:0")
+    jpeg: tuple[int, str] = (ImageSettings().quality, ImageSettings().subsampling)
     python: str | Path = sys.executable
 
     @property
@@ -73,7 +73,8 @@ SIDECAR = Contender("our QUIC, by sidecar", "sidecar", 5555)
 QUIC = Contender("our QUIC, lossless", "quic", 5555)
 QUIC_RAW = Contender("our QUIC, raw", "quic", 5755, encoding="raw")
 QUIC_JPEG_95 = Contender("our QUIC, JPEG 95 4:4:4", "quic", 5655, encoding="jpeg", jpeg=(95, "4:4:4"))
-QUIC_JPEG = Contender("our QUIC, JPEG 90 4:2:0", "quic", 5855, encoding="jpeg")
+QUIC_JPEG = Contender("our QUIC, JPEG {} {}".format(*Contender.jpeg), "quic", 5855, encoding="jpeg")
+"""As a server that asks for JPEG wants it unless told otherwise."""
 CONTENDERS = (STOCK, WEBSOCKET, GRPC, SIDECAR, QUIC_RAW, QUIC, QUIC_JPEG_95, QUIC_JPEG)
 ACTION_PORT = 50052
 
@@ -103,7 +104,7 @@ def start_servers(namespace: Namespace, directory: Path, contenders: Iterable[Co
         settings = _write_settings(directory, tiny, QUIC, websocket_port=WEBSOCKET.port, grpc_port=GRPC.port)
         _start(namespace, [sys.executable, HERE.parent / "instant.py", "--config", settings])
         _start_gateway(namespace, settings, edge=bool(contenders & {QUIC, SIDECAR}))
-    for contender in contenders & {QUIC_RAW, QUIC_JPEG_95, QUIC_JPEG}:
+    for contender in {contender for contender in contenders if contender.client == "quic"} - {QUIC}:
         others = {"websocket_port": contender.port + 1, "grpc_port": contender.port + 2}  # which nobody asks
         settings = _write_settings(directory, tiny, contender, **others)
         _start_gateway(namespace, settings, edge=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.link import link as link_module
-from benchmarks.link.link import LinkError, Network, unavailable
+from benchmarks.link.link import LinkError, Network
+from tests.support import needs_links
 
 TRAFFIC = Path(link_module.__file__).with_name("traffic.py")
 PORT = "9000"
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no emulated links here: {unavailable()}")
+pytestmark = needs_links
 
 
 class Pair:

@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.link import contenders, photographs, table
 from benchmarks.link.contenders import GRPC, MODEL_PICTURES, QUIC, SIDECAR
-from benchmarks.link.link import Network, unavailable
+from benchmarks.link.link import Network
 from benchmarks.link.table import Cell, Plan, Setting
+from tests.support import needs_links
 
 
 def test_limit_is_the_round_trip_and_the_bytes_at_the_links_rate() -> None:
@@ -66,7 +67,7 @@ def test_a_contender_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert QUIC.missing is SIDECAR.missing is None
 
 
-@pytest.mark.skipif(unavailable() is not None, reason=f"no emulated links here: {unavailable()}")
+@needs_links
 def test_every_kind_of_call_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = np.zeros((3, 1, 1, 3), np.uint8)
     monkeypatch.setattr(

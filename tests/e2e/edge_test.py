@@ -1,7 +1,6 @@
 """QUIC beside the other transports: `serve` runs the edge; FlashTransportPolicy, or a sidecar, brings a robot to it."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,10 +15,17 @@ import pytest
 from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import TinyPolicy
 from openpi_flash_client import AuthenticationError, FlashTransportPolicy, GrpcPolicy, PolicyError, PolicyTimeoutError
-from openpi_flash_common import openpi_msgpack
-from websockets.sync.client import connect as connect_socket
 
-from tests.support import READY, Engine, sidecar, start_engine, start_engine_again, transport_binary
+from tests.support import (
+    READY,
+    Engine,
+    ask,
+    running_engine,
+    sidecar,
+    start_engine,
+    start_engine_again,
+    transport_binary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +36,15 @@ def binary() -> Path:
 @pytest.fixture(scope="module")
 def engine(tiny_policies: dict[str, TinyPolicy], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("edge")
-    engine = start_engine(
+    with running_engine(
         tiny_policies["jax"],
         directory,
         slots=("action", "planner"),
         planner={"max_batch_size": 1, "timeout_ms": 30_000},
         max_batch_size=1,
         warm_up={"prompt_buckets": [64, 128]},
-    )
-    try:
-        engine.wait_for(READY)
+    ) as engine:
         yield engine
-        assert engine.stop() == 0
-    finally:
-        engine.process.kill()
-
-
-def connect(engine: Engine, **options: Any) -> FlashTransportPolicy:
-    return FlashTransportPolicy("127.0.0.1", engine.quic_port, fingerprint=engine.fingerprint(), **options)
 
 
 def pictures(height: int, width: int, arrange: Any = np.asarray) -> dict[str, np.ndarray]:
@@ -73,12 +70,11 @@ def test_the_same_actions_on_every_transport(engine, binary, observation, views)
         expected = policy.infer(observation, seed=7)
     with GrpcPolicy("127.0.0.1", engine.grpc_port) as policy:
         over_grpc = policy.infer(observation, seed=7)
-    with connect_websocket(engine) as connection:
-        connection.send(openpi_msgpack.packb({**observation, "seed": 7}))
-        over_websocket = openpi_msgpack.unpackb(connection.recv(60))
+    with engine.over_websocket() as connection:
+        over_websocket = ask(connection, {**observation, "seed": 7})
     with sidecar(binary, engine) as port, GrpcPolicy("127.0.0.1", port) as policy:
         through_sidecar = policy.infer(observation, seed=7)
-    with connect(engine) as policy:
+    with engine.over_quic() as policy:
         over_quic = policy.infer(observation, seed=7)
         awaited = asyncio.run(policy.infer_async(observation, seed=7))
     for answer in (over_grpc, over_websocket, through_sidecar, over_quic, awaited):
@@ -87,16 +83,9 @@ def test_the_same_actions_on_every_transport(engine, binary, observation, views)
             assert answer["subtask"][entry] == expected["subtask"][entry]
 
 
-@contextlib.contextmanager
-def connect_websocket(engine: Engine) -> Iterator[Any]:
-    with connect_socket(f"ws://127.0.0.1:{engine.websocket_port()}", compression=None, max_size=None) as connection:
-        connection.recv(60)
-        yield connection
-
-
 def test_what_is_not_right_is_said_by_the_server(engine, binary, observation):
     messages = []
-    with sidecar(binary, engine) as port, GrpcPolicy("127.0.0.1", port) as through_sidecar, connect(engine) as quic:
+    with sidecar(binary, engine) as port, GrpcPolicy("127.0.0.1", port) as through_sidecar, engine.over_quic() as quic:
         for policy in (through_sidecar, quic):
             assert policy.get_server_metadata()["server_mode"] == "combined"
             policy.reset()
@@ -132,7 +121,7 @@ def test_the_planners_own_port(engine, binary, observation):
 
 
 def test_a_robot_survives_the_edge(engine, binary, observation):
-    with sidecar(binary, engine) as port, GrpcPolicy("127.0.0.1", port) as policy, connect(engine) as quic:
+    with sidecar(binary, engine) as port, GrpcPolicy("127.0.0.1", port) as policy, engine.over_quic() as quic:
         before = policy.infer(observation, seed=7)["actions"]
         quic.infer(observation)
         old = engine.child_pid("openpi-flash-transport")
@@ -149,7 +138,7 @@ def test_another_fingerprint_is_not_trusted(engine, binary, observation):
     with (
         sidecar(binary, engine, pin=pin) as port,
         pytest.raises(PolicyError, match=r"fingerprint|certificate"),
-        GrpcPolicy("127.0.0.1", port, connect_timeout_s=3) as policy,
+        GrpcPolicy("127.0.0.1", port) as policy,
     ):
         policy.infer(observation)
     with pytest.raises(AuthenticationError, match="fingerprint"):
@@ -179,7 +168,7 @@ def test_pictures_as_jpeg_and_a_server_that_is_started_again(tiny_policies, tmp_
     engine = start_engine(tiny_policies["jax"], tmp_path)
     try:
         engine.wait_for(READY)
-        with connect(engine, timeout_s=60) as policy:
+        with engine.over_quic(timeout_s=60) as policy:
             lossless = policy.infer(observation, seed=7)["actions"]
             assert engine.stop() == 0
             with pytest.raises(PolicyTimeoutError):
@@ -205,7 +194,7 @@ def test_several_robots_in_one_event_loop_and_in_threads(engine, observation):
     async def drive(policy: FlashTransportPolicy) -> list[dict[str, Any]]:
         return await asyncio.gather(*(policy.infer_async(observation, seed=seed) for seed in range(4)))
 
-    with connect(engine, timeout_s=60) as policy:
+    with engine.over_quic(timeout_s=60) as policy:
         awaited = asyncio.run(drive(policy))
         in_threads: dict[int, Any] = {}
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from openpi_flash_cli.demo import small_settings
 
-from benchmarks.link.link import Link, Namespace, Network, unavailable
+from benchmarks.link.link import Link, Namespace, Network
+from tests.support import needs_links
 
 PORT = "3479"
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no emulated links here: {unavailable()}")
+pytestmark = needs_links
 
 
 def default_route(namespace: Namespace, link: Link) -> None:

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from openpi_flash_cli.tiny import TinyPolicy
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy, InvalidArgumentError, RealTimePolicy
-from openpi_flash_common import openpi_msgpack
-from websockets.sync.client import connect
 
-from tests.support import READY, Engine, start_engine
+from tests.support import Engine, ask, running_engine
 
 SEED = 7
 EXECUTED, DELAY = 4, 2
@@ -22,17 +20,8 @@ def engine(
     request: pytest.FixtureRequest, tiny_policies: dict[str, TinyPolicy], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp(f"realtime-{request.param}")
-    engine = start_engine(tiny_policies[request.param], directory, max_batch_size=1, real_time_chunking=True)
-    try:
-        engine.wait_for(READY)
+    with running_engine(tiny_policies[request.param], directory, max_batch_size=1, real_time_chunking=True) as engine:
         yield engine
-        assert engine.stop() == 0
-    finally:
-        engine.kill()
-
-
-def over_quic(engine: Engine) -> FlashTransportPolicy:
-    return FlashTransportPolicy("127.0.0.1", engine.quic_port, fingerprint=engine.fingerprint())
 
 
 def test_a_continued_chunk_is_the_same_on_every_transport(engine, observation):
@@ -45,13 +34,10 @@ def test_a_continued_chunk_is_the_same_on_every_transport(engine, observation):
             "execution_horizon": EXECUTED,
         }
         expected = policy.infer(continued, seed=SEED)["actions"]
-    with over_quic(engine) as policy:
+    with engine.over_quic() as policy:
         assert policy.infer(continued, seed=SEED)["actions"].tobytes() == expected.tobytes()
-    websocket = f"ws://127.0.0.1:{engine.websocket_port()}"
-    with connect(websocket, compression=None, max_size=None) as connection:
-        connection.recv(60)
-        connection.send(openpi_msgpack.packb({**continued, "seed": SEED}))
-        assert openpi_msgpack.unpackb(connection.recv(60))["actions"].tobytes() == expected.tobytes()
+    with engine.over_websocket() as connection:
+        assert ask(connection, {**continued, "seed": SEED})["actions"].tobytes() == expected.tobytes()
     assert apart(expected, previous) < 0.2 * apart(afresh, previous)
 
 
@@ -59,14 +45,13 @@ def test_what_cannot_be_continued_is_refused_by_name(engine, observation):
     with GrpcPolicy("127.0.0.1", engine.grpc_port) as policy:
         previous = policy.infer(observation, seed=1)["actions"]
         numbers = {"previous_actions": previous, "inference_delay": DELAY, "execution_horizon": EXECUTED}
-        for changed in (
-            {"inference_delay": EXECUTED + 1},
-            {"previous_actions": previous[:3]},
-            {"execution_horizon": 0},
+        for name, value in (
+            ("inference_delay", EXECUTED + 1),
+            ("previous_actions", previous[:3]),
+            ("execution_horizon", 0),
         ):
-            (name,) = changed
             with pytest.raises(InvalidArgumentError, match=name):
-                policy.infer(observation | numbers | changed)
+                policy.infer(observation | numbers | {name: value})
 
 
 class Recorded:
@@ -86,7 +71,7 @@ class Recorded:
 
 
 def test_a_robots_chunks_join(engine, observation):
-    recorded = Recorded(over_quic(engine))
+    recorded = Recorded(engine.over_quic())
     ticks = itertools.count()  # a request takes one; the robot steps as fast as it can
     options = {"control_hz": DELAY, "execution_horizon": EXECUTED, "clock": lambda: next(ticks)}
     with RealTimePolicy(recorded, **options) as policy:

@@ -1,12 +1,10 @@
 """The whole engine as an operator runs it: the same actions on every transport, bad input, faults, restarts, stops."""
 
-import contextlib
 import copy
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +21,12 @@ from openpi_flash_common import openpi_msgpack
 from openpi_flash_models.load import load_policy
 from openpi_flash_models.policy_configs import load_policy_config
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
 
-from tests.support import READY, Engine, start_engine, stub_request
+from tests.support import READY, Engine, ask, running_engine, start_engine, stub_request
 
 SEED = 7
 IMAGE = "observation/exterior_image_1_left"
 STATE = "observation/joint_position"
-
-
-def over_websocket(connection: ClientConnection, observation: dict[str, Any]) -> Any:
-    connection.send(openpi_msgpack.packb(observation))
-    answer = connection.recv(60)
-    return answer if isinstance(answer, str) else openpi_msgpack.unpackb(answer)
-
-
-@contextlib.contextmanager
-def open_websocket(engine: Engine) -> Iterator[ClientConnection]:
-    with connect(f"ws://127.0.0.1:{engine.websocket_port()}", compression=None, max_size=None) as connection:
-        assert openpi_msgpack.unpackb(connection.recv(60)) == {}  # DROID's configurations have no metadata
-        yield connection
 
 
 def actions_of(response: inference_pb2.InferResponse) -> bytes:
@@ -65,8 +49,8 @@ def test_every_transport_gives_the_bits_of_a_direct_call(engine: Engine, observa
     unix_socket = engine.settings["action_transport"]["unix_socket_path"]
     with GrpcPolicy(unix_socket=unix_socket) as client:
         np.testing.assert_array_equal(client.infer(observation, seed=SEED)["actions"], direct)
-    with open_websocket(engine) as connection:
-        np.testing.assert_array_equal(over_websocket(connection, observation | {"seed": SEED})["actions"], direct)
+    with engine.over_websocket() as connection:
+        np.testing.assert_array_equal(ask(connection, observation | {"seed": SEED})["actions"], direct)
     with grpc.insecure_channel(f"127.0.0.1:{engine.grpc_port}") as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         assert actions_of(stub.Infer(stub_request(observation, SEED))) == direct.tobytes()
@@ -147,8 +131,8 @@ def test_bad_input_is_named_and_the_service_goes_on(engine: Engine, observation:
         assert field in str(caught.value)
         assert "Traceback" not in str(caught.value)
         assert client.infer(observation)["actions"].shape == (15, 8)
-    with open_websocket(engine) as connection:
-        answer = over_websocket(connection, bad)
+    with engine.over_websocket() as connection:
+        answer = ask(connection, bad)
         assert isinstance(answer, str)
         assert answer.startswith("INVALID_ARGUMENT")
         assert field in answer
@@ -156,8 +140,8 @@ def test_bad_input_is_named_and_the_service_goes_on(engine: Engine, observation:
         with pytest.raises(ConnectionClosed):
             connection.recv(10)
         assert connection.close_code == 1011
-    with open_websocket(engine) as connection:
-        assert over_websocket(connection, observation)["actions"].shape == (15, 8)
+    with engine.over_websocket() as connection:
+        assert ask(connection, observation)["actions"].shape == (15, 8)
 
 
 OPTIONS = {
@@ -174,15 +158,15 @@ def test_bad_options_are_named(engine: Engine, observation: dict[str, Any], case
     options, expected = OPTIONS[case]
     with GrpcPolicy("127.0.0.1", engine.grpc_port) as client, pytest.raises(PolicyError, match=expected):
         client.infer(observation, **options)
-    with open_websocket(engine) as connection:
-        answer = over_websocket(connection, observation | options)
+    with engine.over_websocket() as connection:
+        answer = ask(connection, observation | options)
         assert isinstance(answer, str)
         assert expected in answer
 
 
 @pytest.mark.parametrize("frame", [b"\x81\xa5state", b"", b"\xc1", b"\x93\x01\x02\x03"])
 def test_bytes_that_are_no_observation(engine: Engine, observation: dict[str, Any], frame: bytes):
-    with open_websocket(engine) as connection:
+    with engine.over_websocket() as connection:
         connection.send(frame)
         answer = connection.recv(10)
         assert isinstance(answer, str)
@@ -200,7 +184,7 @@ def test_bytes_that_are_no_observation(engine: Engine, observation: dict[str, An
 
 def test_an_oversized_message_is_refused(engine: Engine, observation: dict[str, Any]):
     huge = observation | {IMAGE: np.zeros((6000, 6000, 3), np.uint8)}
-    with open_websocket(engine) as connection:
+    with engine.over_websocket() as connection:
         with pytest.raises(ConnectionClosed):
             connection.send(openpi_msgpack.packb(huge))
             connection.recv(30)
@@ -226,23 +210,21 @@ def test_the_test_command_times_a_server(engine: Engine, transport: str):
 def test_recovers_when_the_action_service_is_killed(
     tiny_policies: dict[str, TinyPolicy], tmp_path: Path, observation: dict[str, Any]
 ):
-    engine = start_engine(tiny_policies["jax"], tmp_path, max_batch_size=1)
-    try:
-        engine.wait_for(READY)
-        with GrpcPolicy("127.0.0.1", engine.grpc_port, timeout_s=60) as client, open_websocket(engine) as connection:
-            before = client.infer(observation, seed=SEED)["actions"]
-            os.kill(engine.child_pid("openpi_flash_action"), signal.SIGKILL)
-            engine.wait_for("ended with signal SIGKILL; starting again")
-            passing = over_websocket(connection, observation | {"seed": SEED})
-            assert isinstance(passing, str), "an answer without an action service"
-            assert passing.startswith("UNAVAILABLE")
-            engine.wait_for(READY, count=2)
-            np.testing.assert_array_equal(client.infer(observation, seed=SEED)["actions"], before)
-            after = over_websocket(connection, observation | {"seed": SEED})  # the same connection as before
-            np.testing.assert_array_equal(after["actions"], before)
-        assert engine.stop() == 0
-    finally:
-        engine.process.kill()
+    with (
+        running_engine(tiny_policies["jax"], tmp_path, max_batch_size=1) as engine,
+        GrpcPolicy("127.0.0.1", engine.grpc_port, timeout_s=60) as client,
+        engine.over_websocket() as connection,
+    ):
+        before = client.infer(observation, seed=SEED)["actions"]
+        os.kill(engine.child_pid("openpi_flash_action"), signal.SIGKILL)
+        engine.wait_for("ended with signal SIGKILL; starting again")
+        passing = ask(connection, observation | {"seed": SEED})
+        assert isinstance(passing, str), "an answer without an action service"
+        assert passing.startswith("UNAVAILABLE")
+        engine.wait_for(READY, count=2)
+        np.testing.assert_array_equal(client.infer(observation, seed=SEED)["actions"], before)
+        after = ask(connection, observation | {"seed": SEED})  # the same connection as before
+        np.testing.assert_array_equal(after["actions"], before)
 
 
 def test_a_checkpoint_with_a_tensor_missing_ends_serve_with_its_name(

@@ -14,7 +14,7 @@ from openpi_flash_cli.tiny import TinyPolicy
 from openpi_flash_client import GrpcPolicy, PolicyError
 
 from tests.interop.robots import robots
-from tests.support import READY, Engine, start_engine
+from tests.support import Engine, running_engine
 
 ACTIONS = [15, 8]
 ONE_SHAPE = {"max_batch_size": 1, "warm_up": {"prompt_buckets": [64, 128, 200]}}
@@ -24,19 +24,14 @@ FRESH_OR_REUSED = {"every_request": ["fresh"] * 3, "background": ["pending", "re
 
 @pytest.fixture(scope="module")
 def combined(tiny_policies: dict[str, TinyPolicy], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = start_engine(
+    with running_engine(
         tiny_policies["jax"],
         tmp_path_factory.mktemp("combined"),
         slots=("action", "planner"),
         planner={"max_batch_size": 1, "timeout_ms": 500},
         **ONE_SHAPE,
-    )
-    try:
-        engine.wait_for(READY)
+    ) as engine:
         yield engine
-        assert engine.stop() == 0
-    finally:
-        engine.process.kill()
 
 
 @pytest.fixture
@@ -132,9 +127,9 @@ def test_a_planner_that_is_killed_costs_no_action(combined, stock_python, observ
 
 
 def test_a_planner_alone(tiny_policies, tmp_path, ask):
-    engine = start_engine(tiny_policies["jax"], tmp_path, slots=("planner",), planner={"max_batch_size": 1})
-    try:
-        engine.wait_for(r"Service ready \(mode=planner_only, slots=\[planner\]\)")
+    ready = r"Service ready \(mode=planner_only, slots=\[planner\]\)"
+    planner = {"slots": ("planner",), "planner": {"max_batch_size": 1}}
+    with running_engine(tiny_policies["jax"], tmp_path, ready=ready, **planner) as engine:
         for answer in ask(engine.websocket_port("planner"), {}, {"mode": "default"}, {"mode": "subtask_only"}):
             assert "actions" not in answer
             assert answer["subtask"]["text"]
@@ -142,6 +137,3 @@ def test_a_planner_alone(tiny_policies, tmp_path, ask):
             assert policy.get_server_metadata()["server_mode"] == "planner_only"
             with pytest.raises(PolicyError, match="action_only needs an action policy"):
                 policy.infer({"prompt": "go"}, mode="action_only")
-        assert engine.stop() == 0
-    finally:
-        engine.process.kill()

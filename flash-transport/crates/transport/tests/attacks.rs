@@ -516,12 +516,16 @@ async fn a_flood_of_handshakes_is_cut_off() {
                     let refusals = [TransportErrorCode::CONNECTION_REFUSED, TransportErrorCode::INVALID_TOKEN];
                     assert!(refusals.contains(&close.error_code), "{close}");
                 }
-                // Too much of what it sent was drowned: the server has given it up in the middle of its handshake.
+                // Too much of what it sent was drowned.
                 (_, Err(ConnectionError::TimedOut)) => {}
                 (_, Err(error)) => panic!("{error}"),
             }
         }
-        assert!(silent.len() < CONNECTIONS, "the robot has a place, too; {}", silent.len());
+        assert!(
+            (1..CONNECTIONS).contains(&silent.len()),
+            "some are let in, and the robot has a place, too; {}",
+            silent.len()
+        );
         for host in 2..22 {
             assert!(silent.iter().filter(|(of, _)| *of == host).count() <= 8);
         }
