@@ -17,7 +17,7 @@ MAX_IMAGE_PIXELS = 1 << 25
 _MAX_RANK = 32
 _decoders = ThreadPoolExecutor(4, "decoder")
 """For the PNG pictures of one observation: a millisecond and more each, most of it without the interpreter's lock. A
-JPEG takes a third of that, and is decoded sooner than another thread has begun."""
+JPEG takes a fifth of that, and is decoded sooner than another thread has begun."""
 
 _DTYPES: dict[int, np.dtype] = {
     types_pb2.DTYPE_BOOL: np.dtype("?"),
@@ -97,9 +97,9 @@ def image_from_proto(image: types_pb2.Image, field: str) -> np.ndarray:
     if image.encoding == types_pb2.IMAGE_ENCODING_RAW:
         return _raw_image(image, field)
     if image.encoding == types_pb2.IMAGE_ENCODING_JPEG:
-        return _decode(image.data, "JPEG", height, width, field)
+        return _decode_jpeg(image.data, height, width, field)
     if image.encoding == types_pb2.IMAGE_ENCODING_PNG:
-        return _decode(image.data, "PNG", height, width, field)
+        return _decode_png(image.data, height, width, field)
     raise InvalidArgumentError(f"{field}: encoding {image.encoding} is not one of RAW, JPEG and PNG", field)
 
 
@@ -171,21 +171,39 @@ def _raw_image(image: types_pb2.Image, field: str) -> np.ndarray:
     raise InvalidArgumentError(f"{field}: layout {image.layout} is not one of HWC and CHW", field)
 
 
-def _decode(data: bytes, kind: str, height: int, width: int, field: str) -> np.ndarray:
-    from PIL import Image  # services that pass pictures on untouched need no decoder
+def _decode_jpeg(data: bytes, height: int, width: int, field: str) -> np.ndarray:
+    import simplejpeg  # services that pass pictures on untouched need no decoder
 
     try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as picture:  # reads the header only
-            if picture.size != (width, height):
-                raise InvalidArgumentError(
-                    f"{field}: the {kind} is {picture.height}x{picture.width}, but {height}x{width} was declared", field
-                )
-            # Byte 24 of a PNG is its bit depth; Pillow would quietly cut 16 bits to 8.
-            if picture.mode != "RGB" or (kind == "PNG" and data[24] != 8):
-                raise InvalidArgumentError(f"{field}: the {kind} is not 8-bit RGB (mode {picture.mode})", field)
+        found_height, found_width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size("JPEG", (found_height, found_width), (height, width), field)
+        if colours not in ("YCbCr", "RGB"):
+            raise InvalidArgumentError(f"{field}: the JPEG is not 8-bit RGB (mode {colours})", field)
+        # The accurate ways of libjpeg, which are Pillow's as well: their pixels are the same. Damage is an error.
+        return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=True)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{field}: {len(data)} bytes that do not decode as JPEG: {error}", field) from error
+
+
+def _decode_png(data: bytes, height: int, width: int, field: str) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:  # reads the header only
+            _check_size("PNG", (picture.height, picture.width), (height, width), field)
+            # Byte 24 is the bit depth; Pillow would quietly cut 16 bits to 8.
+            if picture.mode != "RGB" or data[24] != 8:
+                raise InvalidArgumentError(f"{field}: the PNG is not 8-bit RGB (mode {picture.mode})", field)
             return np.asarray(picture)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise InvalidArgumentError(f"{field}: {len(data)} bytes that do not decode as {kind}", field) from error
+        raise InvalidArgumentError(f"{field}: {len(data)} bytes that do not decode as PNG", field) from error
+
+
+def _check_size(kind: str, found: tuple[int, int], declared: tuple[int, int], field: str) -> None:
+    if found != declared:
+        raise InvalidArgumentError(
+            f"{field}: the {kind} is {found[0]}x{found[1]}, but {declared[0]}x{declared[1]} was declared", field
+        )
 
 
 def _bfloat16(field: str) -> np.dtype:

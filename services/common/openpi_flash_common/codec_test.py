@@ -22,9 +22,9 @@ RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 20, 3), np.uint8)
 
 
-def encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+def encode(pixels: np.ndarray, kind: str, mode: str | None = None, **options: object) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -99,17 +99,33 @@ def test_png_loses_nothing(options):
     np.testing.assert_array_equal(image_from_proto(image, "cam"), PIXELS)
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_jpeg_decodes_as_pillow_does(progressive):
-    data = encode(PIXELS, "JPEG", quality=90, progressive=progressive)
-    image = types_pb2.Image(encoding=types_pb2.IMAGE_ENCODING_JPEG, height=12, width=20, data=data)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 95, "optimize": True}])
+def test_jpeg_decodes_as_pillow_does(options, subsampling):
+    pixels = RNG.integers(0, 256, (37, 61, 3), np.uint8)
+    data = encode(pixels, "JPEG", subsampling=subsampling, **options)
+    image = types_pb2.Image(encoding=types_pb2.IMAGE_ENCODING_JPEG, height=37, width=61, data=data)
     np.testing.assert_array_equal(image_from_proto(image, "cam"), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_jpeg_may_keep_red_green_and_blue():
+    data = encode(PIXELS, "JPEG", quality=100, keep_rgb=True)
+    image = types_pb2.Image(encoding=types_pb2.IMAGE_ENCODING_JPEG, height=12, width=20, data=data)
+    np.testing.assert_allclose(image_from_proto(image, "cam").astype(int), PIXELS, atol=2)
 
 
 def png_bomb(side: int) -> bytes:
     """A PNG whose header promises side x side pixels and whose file is a few bytes."""
     data = bytearray(encode(PIXELS, "PNG"))
     data[16:24] = side.to_bytes(4, "big") * 2
+    return bytes(data)
+
+
+def jpeg_bomb() -> bytes:
+    """A JPEG whose header promises the most pixels that one can have."""
+    data = bytearray(encode(PIXELS, "JPEG"))
+    size = data.index(b"\xff\xc0") + 5
+    data[size : size + 4] = (65_500).to_bytes(2, "big") * 2
     return bytes(data)
 
 
@@ -128,6 +144,8 @@ RAW, JPEG, PNG = types_pb2.IMAGE_ENCODING_RAW, types_pb2.IMAGE_ENCODING_JPEG, ty
         ({"encoding": JPEG, "data": encode(PIXELS, "PNG")}, "do not decode as JPEG"),
         ({"encoding": PNG, "data": encode(PIXELS, "JPEG")}, "do not decode as PNG"),
         ({"encoding": JPEG, "data": encode(PIXELS, "JPEG")[:200]}, "do not decode as JPEG"),
+        ({"encoding": JPEG, "data": encode(PIXELS, "JPEG")[:-30]}, "do not decode as JPEG: Premature end"),
+        ({"encoding": JPEG, "data": jpeg_bomb()}, "65500x65500, but 12x20 was declared"),
         ({"encoding": PNG, "data": encode(PIXELS, "PNG")[:100]}, "do not decode as PNG"),
         ({"encoding": PNG, "data": b""}, "do not decode as PNG"),
         (
@@ -135,6 +153,7 @@ RAW, JPEG, PNG = types_pb2.IMAGE_ENCODING_RAW, types_pb2.IMAGE_ENCODING_JPEG, ty
             "12x20, but 20x12 was declared",
         ),
         ({"encoding": JPEG, "data": encode(PIXELS[..., 0], "JPEG")}, "not 8-bit RGB"),
+        ({"encoding": JPEG, "data": encode(PIXELS, "JPEG", mode="CMYK")}, "not 8-bit RGB"),
         ({"encoding": PNG, "data": encode(np.dstack([PIXELS, PIXELS[..., :1]]), "PNG")}, "not 8-bit RGB"),
         ({"encoding": PNG, "data": png_bomb(5_000)}, "declared|do not decode"),
         ({"encoding": PNG, "data": png_bomb(100_000)}, "do not decode"),
