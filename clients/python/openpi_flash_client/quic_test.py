@@ -16,8 +16,9 @@ from typing import Any
 
 import grpc
 import numpy as np
+import openpi_flash_transport
 import pytest
-from openpi_flash.v1 import types_pb2
+from openpi_flash.v1 import inference_pb2, types_pb2
 from PIL import Image
 
 import openpi_flash_client
@@ -46,6 +47,12 @@ def pixels(image: types_pb2.Image) -> np.ndarray:
     if image.layout == CHW:
         return flat.reshape(3, image.height, image.width).transpose(1, 2, 0)
     return flat.reshape(image.height, image.width, 3)
+
+
+def jpeg(image: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", **options)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -97,7 +104,18 @@ def test_pictures_travel_as_the_server_asks(policy, server):
         np.testing.assert_array_equal(pixels(sent.images[name]), image)
     assert sent.images["raw"].data == image.tobytes()
     assert sent.images["chw"].data == channels_first.tobytes()
-    assert pixels(sent.images["jpeg"]).shape == image.shape
+    assert sent.images["jpeg"].data == jpeg(image, quality=95, subsampling="4:4:4")
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (37, 61), (1, 9)])
+def test_a_jpeg_is_the_file_that_pillow_writes(height, width, subsampling):
+    image = picture(height, width)
+    for quality in (1, 75, 90, 100):
+        camera = openpi_flash_transport.Camera(height, width, "jpeg", quality, subsampling)
+        fields = openpi_flash_transport.prepare([("camera", image, False, camera)])
+        observation = inference_pb2.InferRequest.FromString(fields).observation
+        assert observation.images["camera"].data == jpeg(image, quality=quality, subsampling=subsampling)
 
 
 def test_lossless_pictures_are_png_on_a_slow_link(server, edge):

@@ -2,9 +2,9 @@
 
 use std::borrow::Cow;
 
-use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, SamplingFactor};
+use libjpeg_turbo_rs::PixelFormat;
 
-use crate::{Encoding, Error, ImageSpec, Layout, Subsampling};
+use crate::{Encoding, Error, ImageSpec, Layout, MAX_JPEG_SIDE, Subsampling};
 
 /// Encodes `pixels`, interleaved RGB of the size in `spec`.
 pub(crate) fn encode(pixels: Cow<'_, [u8]>, spec: &ImageSpec) -> Result<Vec<u8>, Error> {
@@ -51,18 +51,14 @@ fn encode_jpeg(
     if !(1..=100).contains(&quality) {
         return Err(Error::Quality(quality));
     }
-    let (Ok(rows), Ok(columns)) = (u16::try_from(height), u16::try_from(width)) else {
+    if height.max(width) > MAX_JPEG_SIDE {
         return Err(Error::JpegSize { height, width });
+    }
+    let subsampling = match subsampling {
+        Subsampling::S444 => libjpeg_turbo_rs::Subsampling::S444,
+        Subsampling::S422 => libjpeg_turbo_rs::Subsampling::S422,
+        Subsampling::S420 => libjpeg_turbo_rs::Subsampling::S420,
     };
-    let mut data = Vec::with_capacity(pixels.len() / 4);
-    let mut encoder = jpeg_encoder::Encoder::new(&mut data, quality);
-    encoder.set_sampling_factor(match subsampling {
-        Subsampling::S444 => SamplingFactor::F_1_1,
-        Subsampling::S422 => SamplingFactor::F_2_1,
-        Subsampling::S420 => SamplingFactor::F_2_2,
-    });
-    // The mean of the pixels that share a colour, not one of them: about 1 dB.
-    encoder.set_chroma_subsampling_method(ChromaSubsamplingMethod::Average);
-    encoder.encode(pixels, columns, rows, ColorType::Rgb)?;
-    Ok(data)
+    let (width, height) = (width as usize, height as usize);
+    Ok(libjpeg_turbo_rs::compress(pixels, width, height, PixelFormat::Rgb, quality, subsampling)?)
 }

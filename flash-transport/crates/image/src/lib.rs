@@ -19,6 +19,9 @@ use std::thread;
 /// Most pixels of a picture, as the server has it (33 million, an 8K frame).
 pub const MAX_PIXELS: u64 = 1 << 25;
 
+/// Longest side of a JPEG, as libjpeg has it, which is what most read them with.
+const MAX_JPEG_SIDE: u32 = 65_500;
+
 /// How far float pixels may leave [0, 1]: interpolation overshoots a little, and less than a grey level is harmless.
 const FLOAT_TOLERANCE: f64 = 1e-3;
 
@@ -174,10 +177,10 @@ pub enum Error {
     Quality(u8),
     #[error("expected a JPEG subsampling of 4:4:4, 4:2:2 or 4:2:0, got {0:?}")]
     Subsampling(String),
-    #[error("expected sides of at most 65535 pixels for JPEG, got {height}x{width}")]
+    #[error("expected sides of at most {MAX_JPEG_SIDE} pixels for JPEG, got {height}x{width}")]
     JpegSize { height: u32, width: u32 },
     #[error("encoding as JPEG: {0}")]
-    Jpeg(#[from] jpeg_encoder::EncodingError),
+    Jpeg(#[from] libjpeg_turbo_rs::JpegError),
     #[error("encoding as PNG: {0}")]
     Png(#[from] png::EncodingError),
 }

@@ -215,8 +215,8 @@ fn a_spec_that_cannot_be_met_is_refused() {
     let jpeg = |quality| Encoding::Jpeg { quality, subsampling: Subsampling::S444 };
     let quality = "expected a JPEG quality of 1 to 100, got 101";
     assert_eq!(message(spec(1, 500, Layout::Hwc, jpeg(101))), quality);
-    let wide = "expected sides of at most 65535 pixels for JPEG, got 200x65536";
-    assert_eq!(message(spec(200, 65536, Layout::Hwc, jpeg(90))), wide);
+    let wide = "expected sides of at most 65500 pixels for JPEG, got 200x65501";
+    assert_eq!(message(spec(200, 65501, Layout::Hwc, jpeg(90))), wide);
     let parsed: Result<Subsampling, _> = "4:1:1".parse();
     assert_eq!(parsed.unwrap_err().to_string(), "expected a JPEG subsampling of 4:4:4, 4:2:2 or 4:2:0, got \"4:1:1\"");
     for (text, expected) in ["4:4:4", "4:2:2", "4:2:0"].into_iter().zip(SUBSAMPLINGS) {
