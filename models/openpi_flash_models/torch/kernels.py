@@ -103,7 +103,9 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
     rows = tokens * (num_heads // kv_heads)
     shares = q.new_empty(num_splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
     weights = q.new_empty(2, num_splits, batch, kv_heads, rows, dtype=torch.float32)
-    block_rows, block_keys = 64, 32
+    # float32 is multiplied outside of the tensor cores: the tiles of these would not fit into registers, nor into the
+    # shared memory of a consumer's GPU.
+    block_rows, block_keys, num_warps = (32, 16, 8) if q.dtype == torch.float32 else (64, 32, 4)
     share = triton.cdiv(triton.cdiv(capacity, block_keys), num_splits) * block_keys
     sizes = {"NUM_HEADS": num_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
     block_dim = max(16, triton.next_power_of_2(head_dim))
@@ -123,7 +125,7 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
         BLOCK_ROWS=block_rows,
         BLOCK_KEYS=block_keys,
         BLOCK_DIM=block_dim,
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=2,
     )
     out = torch.empty_like(q)
