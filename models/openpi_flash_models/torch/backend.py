@@ -110,13 +110,13 @@ class TorchBackend:
             recorder = CudaRecorder(self.device)
             self._recorded = {
                 continues: StaticCalls(functools.partial(self._bind, continues), self.device, recorder)
-                for continues in (None, Method.TRAINED)
+                for continues in (None, *Method)
             }
 
     def sample_actions(self, batch: ModelBatch) -> np.ndarray:
         """Runs the flow and waits for the device: (B, action_horizon, action_dim) float32.
 
-        Chunks that continue others are not compiled, and guided ones not recorded either.
+        Chunks that continue others are not compiled.
         """
         with torch.inference_mode():
             if batch.continues in self._recorded:

@@ -15,9 +15,13 @@ from openpi_flash_models.checkpoints.safetensors_source import open_torch_source
 from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.config import GemmaConfig, ModelConfig, ModelType, VisionConfig
 from openpi_flash_models.errors import PolicyConfigError
+from openpi_flash_models.realtime import Continuation, Method, soft_mask
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.backend import KEPT_SCHEDULES, load
+from openpi_flash_models.torch.graphs import StaticCalls
+from openpi_flash_models.torch.graphs_test import Recorder
 from openpi_flash_models.torch.model import Inputs, Pi0
+from openpi_flash_models.torch.realtime import sample_committed, sample_guided
 from openpi_flash_models.torch.weights import folds, slots
 
 NAMES = json.loads((Path(__file__).parents[3] / "tests/data/golden/parameter_names.json").read_text())
@@ -94,17 +98,40 @@ def test_slots_cover_every_parameter_but_the_pixel_table(model_type):
 def test_a_full_size_model_runs_without_waiting_for_the_device(model_type):
     """On the meta device nothing has a value: a step that looked at one would fail."""
     model = full_size(model_type)
-    with torch.device("meta"), torch.inference_mode():
-        inputs = Inputs(
-            images=torch.empty(1, 2, 224, 224, 3, dtype=torch.uint8),
-            tokens=torch.empty(1, 48, dtype=torch.int32),
-            token_mask=torch.empty(1, 48, dtype=torch.bool),
-            state=torch.empty(1, 32),
-            noise=torch.empty(1, 50, 32),
-        )
-        actions = model.sample_actions(inputs, model.schedule(torch.empty(2, 1024)))
-    assert actions.shape == (1, 50, 32)
-    assert actions.dtype == torch.float32
+    with torch.device("meta"):
+        schedule = model.schedule(torch.empty(2, 1024))
+        with torch.inference_mode():
+            inputs = Inputs(
+                images=torch.empty(1, 2, 224, 224, 3, dtype=torch.uint8),
+                tokens=torch.empty(1, 48, dtype=torch.int32),
+                token_mask=torch.empty(1, 48, dtype=torch.bool),
+                state=torch.empty(1, 32),
+                noise=torch.empty(1, 50, 32),
+                previous=torch.empty(1, 50, 32),
+                weights=torch.empty(1, 50),
+            )
+            results = [
+                model.sample_actions(inputs, schedule),
+                sample_guided(model, inputs, schedule),
+                sample_committed(model, inputs, schedule, schedule[0]),
+            ]
+    for actions in results:
+        assert actions.shape == (1, 50, 32)
+        assert actions.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_type", ModelType)
+@pytest.mark.parametrize("method", Method)
+def test_a_continued_flow_can_be_called_again_with_other_inputs_in_the_same_place(checkpoints, model_type, method):
+    backend = checkpoints[model_type]()
+    calls = StaticCalls(functools.partial(backend._bind, method), backend.device, Recorder())
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        previous = Continuation(rng.standard_normal((1, 3, 4), np.float32), soft_mask(3, 1, 1)[None])
+        batch = dataclasses.replace(tiny_batch(seed=seed), continues=method, continuation=previous)
+        with torch.inference_mode():
+            actions = calls(batch)
+        np.testing.assert_array_equal(actions, backend.sample_actions(batch))
 
 
 def test_compiled_equals_eager(checkpoints):

@@ -1,5 +1,7 @@
 """What only a GPU can show: kernels as they are compiled, and CUDA graphs. Skipped where there is none."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from openpi_flash_models.checkpoints.check import MIN_COSINE
 from openpi_flash_models.checkpoints.safetensors_source import open_torch_source
 from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.config import GemmaConfig, ModelConfig, ModelType, VisionConfig
+from openpi_flash_models.realtime import Continuation, Method, hard_mask, soft_mask
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch import kernels, selection
 from openpi_flash_models.torch.backend import load
+from openpi_flash_models.torch.graphs import CudaRecorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; benchmarks/gpu.sh runs these on one")
 
@@ -46,9 +50,43 @@ def test_every_kernel_works_at_full_size(dtype):
     assert selection.choose(ModelConfig(), device, dtype) is kernels.FUSED
 
 
-@pytest.mark.parametrize("options", [{}, {"compile_mode": "default"}, {"prefix_precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"prefix_precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("method", Method)
 @pytest.mark.parametrize("model_type", ModelType)
-def test_recorded_calls_of_many_shapes_give_a_cpus_actions(model_type, options, tmp_path):
+def test_a_recorded_call_that_continues_chunks_gives_what_an_unrecorded_one_does(
+    model_type, method, options, tmp_path, caplog
+):
+    make_checkpoint(tmp_path / "torch", config(model_type), layout="torch", dtype="float32")
+    backend = load(config(model_type), open_torch_source(tmp_path / "torch"), device="cuda", **options)
+    rng = np.random.default_rng(0)
+    mask = soft_mask(50, 3, 5) if method is Method.GUIDED else hard_mask(50, 3)
+    for size in (1, 2):
+        for seed in range(3):
+            previous = Continuation(rng.standard_normal((size, 50, 32), np.float32), np.stack([mask] * size))
+            batch = dataclasses.replace(batch_of(size, seed=seed), continues=method, continuation=previous)
+            recorded = backend.sample_actions(batch)
+            with torch.inference_mode():
+                called = backend._bind(method, backend.upload(batch), batch.num_steps)().cpu().numpy()
+            np.testing.assert_allclose(recorded, called, rtol=1e-2, atol=1e-2)
+    assert not caplog.records
+
+
+def test_a_recording_that_fails_leaves_others_usable():
+    device = torch.device("cuda")
+    recorder, x = CudaRecorder(device), torch.ones(4, device=device)
+    replay, result = recorder.record(lambda: x + 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            recorder.record(lambda: x * x.sum().item())  # waits for the device
+    other_replay, other_result = recorder.record(lambda: x * 3)
+    recorder.run([lambda: x.fill_(5), replay, other_replay])
+    assert result.tolist() == [6] * 4
+    assert other_result.tolist() == [15] * 4
+
+
+@pytest.mark.parametrize("model_type", ModelType)
+@pytest.mark.parametrize("options", [{}, {"prefix_precision": "fp8"}, {"compile_mode": "default"}], ids=str)
+def test_recorded_calls_of_many_shapes_give_a_cpus_actions(model_type, options, tmp_path, caplog):
     make_checkpoint(tmp_path / "torch", config(model_type), layout="torch", dtype="float32")
 
     def load_on(device, **others):
@@ -64,3 +102,4 @@ def test_recorded_calls_of_many_shapes_give_a_cpus_actions(model_type, options, 
         np.testing.assert_array_equal(fast.sample_actions(batch), actions)
     other = batch_of(1, seed=2)
     assert np.abs(fast.sample_actions(other) - first[0]).max() > 1e-2
+    assert not caplog.records  # such as that of a shape which cannot be recorded

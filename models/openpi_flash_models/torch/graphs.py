@@ -5,6 +5,7 @@ of its inputs and the recording; `CudaRecorder` is the part that only a GPU can 
 """
 
 import collections
+import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.model import Inputs
+
+logger = logging.getLogger(__name__)
 
 KEPT_SHAPES = 48
 """Recordings that are kept: those of all shapes of a robot with one to three cameras, four prompt lengths and batches
@@ -29,8 +32,11 @@ class Recorder(Protocol):
     pins_memory: bool
     """Whether host buffers are to be page-locked, so that copies need not wait."""
 
-    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Calls a function; returns what does the same once more, and the tensor in which each result lies then."""
+    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Calls a function; returns what does the same once more, and the tensor in which each result lies then.
+
+        Where this fails, earlier recordings are as they were, and others can be made.
+        """
         ...
 
     def run(self, functions: list[Callable[[], object]]) -> None:
@@ -68,7 +74,7 @@ class StaticInputs:
 
 class _Call(NamedTuple):
     inputs: StaticInputs
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     download: Callable[[], object]
     answer: np.ndarray
     function: Callable[[], Tensor]
@@ -76,7 +82,10 @@ class _Call(NamedTuple):
 
 
 class StaticCalls:
-    """Calls of one function, recorded for each shape at its first call. Not thread-safe: one thread for all calls."""
+    """Calls of one function, recorded for each shape at its first call. Not thread-safe: one thread for all calls.
+
+    A shape that cannot be recorded is called piece by piece instead: the same numbers, more slowly, and a warning.
+    """
 
     def __init__(
         self,
@@ -119,9 +128,22 @@ class StaticCalls:
         inputs.fill(batch)
         self._recorder.run([inputs.upload])
         function = self._bind(inputs.on_device, batch.num_steps)
-        replay, result = self._recorder.record(function)
+        try:
+            replay, result = self._recorder.record(function)
+        except Exception as error:  # whatever a library does that cannot be recorded
+            shapes = ", ".join(str(array.shape) for array in arrays_of(batch))
+            message = "inference will be slower: inputs of the shapes %s cannot be recorded: %s"
+            logger.warning(message, shapes, error, exc_info=True)  # of errors in a row the first says why
+            replay, result = self._unrecorded(function)
         answer = torch.empty(result.shape, dtype=result.dtype, pin_memory=pin)
         return _Call(inputs, replay, lambda: answer.copy_(result, non_blocking=True), answer.numpy(), function)
+
+    def _unrecorded(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """What `record` returns, by calling the function each time."""
+        results: list[Tensor] = []
+        self._recorder.run([lambda: results.append(function())])
+        (result,) = results
+        return lambda: result.copy_(function()), result
 
 
 class CudaRecorder:
@@ -135,17 +157,29 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         """Must be made, and used, in the thread that will replay."""
         torch.cuda.synchronize(device)  # weights were copied on another stream
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
         self._done = torch.cuda.Event()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        self._begin()
 
-    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def _begin(self) -> None:
+        self._stream = torch.cuda.Stream(self._device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         # Once without recording: libraries set themselves up and kernels compile at their first call.
         self.run([function])
         graph = torch.cuda.CUDAGraph()
         # Threads that prepare requests do not touch the GPU; were one to, only its own capture should mind.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = function()
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(self._stream), capture:  # a capture that fails may leave its stream the current one
+                result = function()
+        except Exception:
+            # The allocator goes on asking a graph that failed what belongs to it, and takes no other into its pool.
+            self._failed.append(graph)
+            self._begin()
+            raise
         return graph.replay, result
 
     def run(self, functions: list[Callable[[], object]]) -> None:

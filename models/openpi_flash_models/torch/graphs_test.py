@@ -96,3 +96,38 @@ def test_the_recording_that_was_not_used_for_longest_goes(calls, recorder):
     assert recorder.recorded == 3
     calls(batch_of(2))
     assert recorder.recorded == 4
+
+
+def test_a_shape_that_cannot_be_recorded_is_called_instead_and_others_are_recorded(
+    calls, recorder, monkeypatch, caplog
+):
+    calls(batch_of(1))
+    record = recorder.record
+
+    def refuse(function):
+        record(function)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorder, "record", refuse)
+    answers = [calls(batch_of(2, seed=seed)) for seed in range(3)]
+    for seed, answer in enumerate(answers):
+        np.testing.assert_allclose(answer, expected(batch_of(2, seed=seed)), rtol=1e-6)
+    assert recorder.recorded == 2  # it was tried once
+    (warning,) = caplog.records
+    assert "(2, 3)" in warning.message
+    assert "cannot be recorded: operation not permitted when stream is capturing" in warning.message
+    monkeypatch.setattr(recorder, "record", record)
+    calls(batch_of(3))
+    for size in (2, 3):
+        np.testing.assert_allclose(calls(batch_of(size, seed=4)), expected(batch_of(size, seed=4)), rtol=1e-6)
+    assert recorder.recorded == 3
+    assert len(caplog.records) == 1
+
+
+def test_what_fails_in_any_case_is_an_error(recorder):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    calls = StaticCalls(lambda inputs, num_steps: fails, torch.device("cpu"), recorder)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        calls(batch_of())

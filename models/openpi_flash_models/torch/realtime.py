@@ -1,8 +1,9 @@
 """Real-time chunking around the PyTorch model: the flow of chunks that continue others (../realtime.py).
 
 Both use a model's `prepare` and `velocity` as they are, the latter with plain operations: the fused ones cannot be
-differentiated, and take no norm that differs from token to token. Nothing here waits for the device. Shapes: B batch,
-H action horizon, A action_dim, E expert width, L layers.
+differentiated, and take no norm that differs from token to token. Nothing here waits for the device, so that a CUDA
+graph can hold all of it, the backward passes too: what they differentiate is made inside of the call, and they run in
+the thread that records. Shapes: B batch, H action horizon, A action_dim, E expert width, L layers.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ def sample_guided(model: Pi0, inputs: Inputs, schedule: Schedule) -> Tensor:
     assert inputs.previous is not None and inputs.weights is not None  # noqa: S101 - as documented
     dt = float(flow.step_size(len(schedule)))
     times, guidance = flow.timesteps(len(schedule)).tolist(), realtime.guidance(len(schedule)).tolist()
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.autograd.set_multithreading_enabled(False), torch.inference_mode(False), torch.no_grad():
         context = model.prepare(inputs)
         x = inputs.noise.clone()
         for step, t, strength in zip(schedule, times, guidance, strict=True):
