@@ -79,14 +79,28 @@ def attend(q: Array, parts: Sequence[Part]) -> Array:
     q = q.reshape(batch, length, parts[0][0].shape[2], -1, head_dim)
     logits = []
     for keys, _, mask in parts:
-        part = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        part = einsum("btkgh,bskh->bkgts", q, keys) * head_dim**-0.5
         logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
     # Softmax over all parts at once: they share the maximum and the sum.
     top = lax.stop_gradient(functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
     weights = [jnp.exp(part - top) for part in logits]
     total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
     mixed = [
-        jnp.einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values, preferred_element_type=jnp.float32)
+        einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values)
         for part, (_, values, _) in zip(weights, parts, strict=True)
     ]
     return functools.reduce(jnp.add, mixed).astype(q.dtype).reshape(batch, length, num_heads * head_dim)
+
+
+def einsum(subscripts: str, one: Array, other: Array) -> Array:
+    """A product in float32 of arrays of one type."""
+    return jnp.einsum(subscripts, one, other, precision=precision_of(one), preferred_element_type=jnp.float32)
+
+
+def precision_of(factor: Array) -> lax.Precision | None:
+    """That of its products: in float32 what is asked for around them, in bfloat16 the only one there is.
+
+    Where any other is asked for, XLA leaves the product to cuBLAS: it neither makes one kernel of it and what is around
+    it, nor tries which of the two is faster.
+    """
+    return lax.Precision.DEFAULT if factor.dtype == jnp.bfloat16 else None

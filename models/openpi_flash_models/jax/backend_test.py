@@ -81,6 +81,33 @@ def test_more_steps_are_no_more_code(model_type):
     assert len(programs[0].splitlines()) == len(programs[1].splitlines())
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("model_type", ModelType)
+def test_products_of_float32_are_exact_and_those_of_bfloat16_ask_for_nothing(model_type, guided):
+    """For one that asked for more than the ordinary, XLA would make no kernel of its own."""
+    arguments = abstract_run(full_size(model_type), num_steps=2)
+    if guided:
+        shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 50, 32), (1, 50)))
+        arguments = (*arguments, model.Guided(*shapes))
+    with jax.default_matmul_precision("highest"):
+        program = jax.make_jaxpr(functools.partial(model.sample_actions, full_size(model_type)))(*arguments)
+    found = {True: set(), False: set()}
+    for equation in equations(program.jaxpr):
+        if equation.primitive.name == "dot_general":
+            is_float32 = all(factor.aval.dtype == jnp.float32 for factor in equation.invars)
+            found[is_float32].update(equation.params["precision"])
+    assert found == {True: {jax.lax.Precision.HIGHEST}, False: {jax.lax.Precision.DEFAULT}}
+
+
+def equations(program):
+    """Those of a program and of all programs within it."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 def test_a_shape_is_compiled_once():
     golden = GoldenModel(GOLDEN / "pi05_a", ["jax"])
     backend = golden.backends["jax"]

@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from openpi_flash_models import flow, realtime
 from openpi_flash_models.config import GemmaConfig, ModelConfig
-from openpi_flash_models.jax.attention import Part, attend, attend_all
+from openpi_flash_models.jax.attention import Part, attend, attend_all, precision_of
 from openpi_flash_models.pixels import PIXEL_VALUES
 
 Weights = dict[str, Any]
@@ -401,7 +401,8 @@ def mlp(layer: Weights, x: Array) -> Array:
 
 def dot(x: Array, matrix: Array) -> Array:
     """x times a matrix, accumulated in float32, in the dtype of x. Said so, a CPU does not widen the matrix first."""
-    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
+    product = jnp.matmul(x, matrix, precision=precision_of(x), preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:

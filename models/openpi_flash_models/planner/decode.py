@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.jax import model
+from openpi_flash_models.jax.attention import einsum
 from openpi_flash_models.planner.vocabulary import EOS
 
 CAPACITY = 256
@@ -214,7 +215,7 @@ def tied_logits(weights: model.Weights, hidden: Array) -> Array:
     """(B, D) to (B, V) float32: the products with the embedding table, unscaled."""
     table = weights["embedding"]
     if table.dtype != jnp.uint16:
-        return jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
+        return einsum("bd,vd->bv", hidden, table)
     # Weights that a CPU holds as bits (`model.numbers`), in blocks: it widens what it multiplies, here a table of 1 GB.
     rows = len(table)
     block = min(rows, _TABLE_BLOCK)
@@ -222,7 +223,6 @@ def tied_logits(weights: model.Weights, hidden: Array) -> Array:
     def fill(i: Array, logits: Array) -> Array:
         first = jnp.minimum(i * block, rows - block)
         part = model.numbers(lax.dynamic_slice_in_dim(table, first, block))
-        product = jnp.einsum("bd,vd->bv", hidden, part, preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(logits, product, first, 1)
+        return lax.dynamic_update_slice_in_dim(logits, einsum("bd,vd->bv", hidden, part), first, 1)
 
     return lax.fori_loop(0, -(-rows // block), fill, jnp.zeros((len(hidden), rows), jnp.float32))
