@@ -8,7 +8,7 @@ those of ops.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -148,25 +148,27 @@ def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """PyTorch's FlashAttention, which takes lengths in place of a mask, and half precision alone."""
     if q.dtype == torch.float32:
         return attend_prefix(q, cache, lengths)
-    from torch.nn.attention.varlen import varlen_attn
-
     batch, tokens, num_heads, head_dim = q.shape
-    _, _, capacity, kv_heads, _ = cache.shape
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    capacity = cache.shape[2]
+    query_starts, key_starts = (
+        torch.arange(0, (batch + 1) * step, step, dtype=torch.int32, device=q.device) for step in (tokens, capacity)
+    )
     keys, values = cache.flatten(1, 2)
-    attended = varlen_attn(
+    # This is what `torch.nn.attention.varlen` calls, which takes lengths and shared key heads from PyTorch 2.12 on.
+    attended, *_ = torch.ops.aten._flash_attention_forward(
         q.reshape(-1, num_heads, head_dim),
         keys,
         values,
-        starts * tokens,
-        starts * capacity,
+        query_starts,
+        key_starts,
         tokens,
         capacity,
-        enable_gqa=kv_heads != num_heads,
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
         seqused_k=lengths,
     )
-    assert isinstance(attended, Tensor)  # noqa: S101 - nothing beside it was asked for
-    return attended.view(batch, tokens, num_heads, head_dim)
+    return cast(Tensor, attended).view(batch, tokens, num_heads, head_dim)
 
 
 def fused_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

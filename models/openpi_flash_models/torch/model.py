@@ -251,7 +251,7 @@ def integrate(
     context = prepare(inputs)
     x, dt = inputs.noise, float(flow.step_size(len(schedule)))
     for step in schedule:
-        x = x + dt * velocity(x, step, context)
+        x = torch.add(x, velocity(x, step, context), alpha=dt)
     return x
 
 
@@ -307,7 +307,7 @@ class VisionTower(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """Patches in row-major order, projected, plus positions: (views, tokens, width)."""
         if images.dtype == torch.uint8:
-            images = self.pixel_values[images.int()]
+            images = self.pixel_values[images.long()]
         size = self.config.patch_size
         views, height, width, _ = images.shape
         patches = images.view(views, height // size, size, width // size, size, 3).transpose(2, 3)
