@@ -50,13 +50,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "torch-compile": {"backend": "torch", "compile_mode": "default"},
     "torch-max-autotune": {"backend": "torch", "compile_mode": "max-autotune"},
     "torch-fp8": {"backend": "torch", "prefix_precision": "fp8"},
+    "torch-guided": {"backend": "torch", "continues": "guided"},
     "jax-float32": {"backend": "jax", "precision": "float32"},
     "jax": {"backend": "jax"},
+    "jax-guided": {"backend": "jax", "continues": "guided"},
     "planner": {"backend": "planner"},
 }
-"""By name: the backend, and what `load` is told beside the device. With those in float32 others are compared."""
+"""By name: the backend, and what `load` is told beside the device. With those in float32 others are compared.
 
-DEFAULT_ARMS = ("torch", "torch-compile", "torch-fp8", "jax", "planner")
+`continues`: chunks that continue others (real-time chunking), whose limit is that of chunks that do not.
+"""
+
+DEFAULT_ARMS = ("torch", "torch-fp8", "torch-guided", "jax", "planner", "torch-compile")
+"""The slowest to start comes last, for a run that is cut off."""
+
 FRAMEWORKS = {"torch": "torch", "jax": "jax", "planner": "jax"}
 
 
@@ -133,7 +140,7 @@ def default_arms(device: str) -> list[str]:
 
 def with_references(names: list[str]) -> list[str]:
     """The arms, each backend's float32 model before them."""
-    backends = dict.fromkeys(ARMS[name]["backend"] for name in names)
+    backends = dict.fromkeys(ARMS[name]["backend"] for name in names if "continues" not in ARMS[name])
     references = [f"{backend}-float32" for backend in backends if backend != "planner"]
     return [*references, *(name for name in names if name not in references)]
 
@@ -174,7 +181,7 @@ def evaluate(name: str, result: dict[str, Any], size: str, directory: Path) -> d
         times["share_of_limit"] = times["limit_ms"] / times["p50_ms"]
         times["requests_per_s"] = int(batch) / times["p50_ms"] * 1e3
     reference = directory / f"{arm['backend']}-float32.npy"
-    if reference.exists():
+    if reference.exists() and "continues" not in arm:
         exact, actual = np.load(reference).astype(np.float64), np.load(directory / f"{name}.npy").astype(np.float64)
         cosine = np.vdot(exact, actual) / (np.linalg.norm(exact) * np.linalg.norm(actual))
         result["cosine"], result["max_difference"] = float(cosine), float(np.abs(exact - actual).max())
@@ -219,6 +226,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             f" loaded in {arm['load_s']:.1f} s, first calls {arm['first_calls_s']:.1f} s"
             + (f", {arm['ops']} operations" if "ops" in arm else "")
         )
+        for warning in arm.get("warnings", ()):
+            console.print(f"{name}: {warning}", markup=False)
         if "profile" in arm:
             print_profile(name, arm["profile"], console)
 

@@ -7,6 +7,7 @@ counts.
 import gc
 import itertools
 import json
+import logging
 import math
 import platform
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 from openpi_flash_models.checkpoints.layout import jax_shapes, torch_shapes
 from openpi_flash_models.checkpoints.synthetic import distribution
 from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.realtime import Continuation, Method, hard_mask, soft_mask
 from openpi_flash_models.request import Backend, ModelBatch
 
 from openpi_flash_cli.bench import MAX_TOKENS, NUM_STEPS, NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
@@ -64,14 +66,25 @@ class RandomSource:
 def main() -> None:
     job = json.loads(sys.argv[1])
     config, arm = SIZES[job["size"]], job["arm"]
+    warnings = collected_warnings()
     is_planner = arm["backend"] == "planner"
-    print(json.dumps(measure_planner(config, job) if is_planner else measure_policy(config, job, arm)))
+    result = measure_planner(config, job) if is_planner else measure_policy(config, job, arm)
+    print(json.dumps({**result, "warnings": warnings}))
+
+
+def collected_warnings() -> list[str]:
+    """What the models log from here on: which kernels are off, which shapes are in no CUDA graph."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("openpi_flash_models").addHandler(handler)
+    return found
 
 
 def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
     """Times, peak memory and rates of one backend; its actions of a batch of 1 go to the file `job["actions"]`."""
     options = {"precision": "bfloat16", **arm}
-    framework = options.pop("backend")
+    framework, continues = options.pop("backend"), options.pop("continues", None)
     is_float32 = options["precision"] == "float32"
     backend: Any
     if framework == "torch":
@@ -94,14 +107,14 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
     runs = min(job["runs"], 10) if is_float32 else job["runs"]
     started = time.perf_counter()
     for size in batches:
-        backend.sample_actions(batch_of(config, size))
+        backend.sample_actions(batch_of(config, size, continues))
     result["first_calls_s"] = time.perf_counter() - started
-    np.save(job["actions"], backend.sample_actions(batch_of(config, 1)))
+    np.save(job["actions"], backend.sample_actions(batch_of(config, 1, continues)))
     gc.freeze()
-    result["batches"] = {size: percentiles(call(backend, batch_of(config, size)), runs) for size in batches}
+    result["batches"] = {size: percentiles(call(backend, batch_of(config, size, continues)), runs) for size in batches}
     result["peak_bytes"] = peak_bytes(framework, backend.device)
     if job["profile"] and framework == "torch" and not is_float32:
-        result["profile"] = profile(lambda: backend.sample_actions(batch_of(config, 1)))
+        result["profile"] = profile(call(backend, batch_of(config, 1, continues)))
     return result
 
 
@@ -155,7 +168,7 @@ def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def batch_of(config: ModelConfig, size: int) -> ModelBatch:
+def batch_of(config: ModelConfig, size: int, continues: str | None = None) -> ModelBatch:
     """Pictures as of cameras, and noise: the same for every arm."""
     rng = np.random.default_rng(0)
     side, length = config.vision.image_size, PROMPT_BUCKET
@@ -167,7 +180,16 @@ def batch_of(config: ModelConfig, size: int) -> ModelBatch:
         state=rng.uniform(-1, 1, (size, config.action_dim)).astype(np.float32),
         noise=rng.standard_normal((size, config.action_horizon, config.action_dim), np.float32),
         num_steps=NUM_STEPS,
+        **({} if continues is None else continuation(config, size, Method(continues))),
     )
+
+
+def continuation(config: ModelConfig, size: int, method: Method) -> dict[str, Any]:
+    """A tenth of the previous chunk is carried out, and another before the answer."""
+    horizon, tenth = config.action_horizon, config.action_horizon // 10
+    mask = soft_mask(horizon, tenth, tenth) if method is Method.GUIDED else hard_mask(horizon, tenth)
+    actions = np.random.default_rng(1).standard_normal((size, horizon, config.action_dim), np.float32)
+    return {"continues": method, "continuation": Continuation(actions, np.stack([mask] * size))}
 
 
 def call(backend: Backend, batch: ModelBatch) -> Callable[[], object]:

@@ -1,6 +1,7 @@
 """The benchmark of the model: a tiny model once, for real; what is made of an arm's figures; and the picture."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from openpi_flash_models.checkpoints.layout import torch_shapes
 from openpi_flash_models.cost import action_costs
 from PIL import Image
 
-from openpi_flash_cli import bench, bench_plot
+from openpi_flash_cli import bench, bench_arm, bench_plot
 from openpi_flash_cli.bench_arm import RandomSource, summary
 
 TIMES = {"p50_ms": 2.0, "p95_ms": 3.0, "p99_ms": 4.0}
@@ -32,6 +33,7 @@ def test_a_tiny_model_is_timed_compared_and_profiled(tmp_path):
         "cpu",
         "--arms",
         "torch",
+        "torch-guided",
         "--batches",
         "1",
         "2",
@@ -44,17 +46,19 @@ def test_a_tiny_model_is_timed_compared_and_profiled(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     arms = json.loads(report.read_text())["arms"]
-    assert list(arms) == ["torch-float32", "torch"]
+    assert list(arms) == ["torch-float32", "torch", "torch-guided"]
     assert arms["torch-float32"]["max_difference"] == 0
     assert arms["torch"]["cosine"] >= bench.MIN_COSINE
     assert arms["torch"]["max_difference"] > 0
     assert set(arms["torch"]["batches"]) == {"1", "2"}
-    for times in arms["torch"]["batches"].values():
+    assert "cosine" not in arms["torch-guided"]  # the float32 model's chunks continue no others
+    for times in (*arms["torch"]["batches"].values(), *arms["torch-guided"]["batches"].values()):
         assert 0 < times["limit_ms"] < times["p50_ms"] <= times["p99_ms"]
     assert arms["torch"]["profile"]["count"] > 100
     assert len(arms["torch"]["profile"]["longest"]) == 10
     assert Image.open(picture).width == bench_plot.WIDTH
     assert "torch, one call of a batch of 1" in done.stdout
+    assert arms["torch"]["warnings"] == []
 
 
 def test_each_backend_gets_its_float32_model_once_and_first():
@@ -63,6 +67,7 @@ def test_each_backend_gets_its_float32_model_once_and_first():
         *("torch", "jax", "torch-fp8", "planner"),
     ]
     assert bench.with_references(["torch-float32"]) == ["torch-float32"]
+    assert bench.with_references(["torch-guided"]) == ["torch-guided"]
 
 
 def test_an_arm_that_fails_is_reported_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
@@ -85,6 +90,13 @@ def test_limits_and_exactness_are_worked_out(tmp_path):
     assert result["max_difference"] == 0.5
     assert result["cosine"] == pytest.approx(27 / (5 * np.hypot(3, 4.5)))
     assert not result["accurate"]
+
+
+def test_what_makes_a_model_slower_than_it_could_be_is_collected():
+    warnings = bench_arm.collected_warnings()
+    logging.getLogger("openpi_flash_models.torch.selection").warning("fused kernel %s is off", "geglu")
+    logging.getLogger("openpi_flash_models.torch.selection").info("nothing to worry about")
+    assert warnings == ["fused kernel geglu is off"]
 
 
 def test_a_picture_has_a_row_for_each_figure(tmp_path):
