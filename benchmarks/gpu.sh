@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show of the model, in one command of less than ten minutes: the tests that need one, then
-# `openpi-flash bench model` at full size. Results go to OUT (build/gpu). Arguments go to the benchmark.
+# What only a GPU can show of the model, in one command of less than ten minutes: the tests that need one, each operation
+# alone, then `openpi-flash bench model` at full size. Results go to OUT (build/gpu). Arguments go to the benchmark.
 #
 # Where nothing can be installed: PYTHON=python3 runs from the source tree with what that Python has (PyTorch, JAX, numpy,
 # ml_dtypes, tensorstore, safetensors, sentencepiece, pillow, rich, tqdm, pytest), and wheels of what it lacks are
@@ -22,5 +22,6 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out
 "$python" -c 'import torch; print("PyTorch", torch.__version__)' | tee -a "$out/gpu.txt"
 # A failure here is a finding, and the times are one more.
 timeout 150 "$python" -m pytest -q -p no:cacheprovider models/openpi_flash_models/torch/cuda_test.py 2>&1 | tee "$out/tests.txt" || true
-timeout "${BENCH_S:-420}" "$python" -m openpi_flash_cli.bench model --profile --json "$out/model.json" --plot "$out/model.png" \
+timeout 60 "$python" benchmarks/kernels.py --json "$out/kernels.json" 2>&1 | tee "$out/kernels.txt" || true
+timeout "${BENCH_S:-370}" "$python" -m openpi_flash_cli.bench model --profile --json "$out/model.json" --plot "$out/model.png" \
     "$@" 2>&1 | tee "$out/model.txt"

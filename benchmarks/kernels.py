@@ -1,0 +1,179 @@
+"""Where the time of the PyTorch model goes on a GPU: each operation alone, at the sizes of a request, without gaps.
+
+Every line is one operation of one layer, called once with the weights of each layer, so that no cache holds them, all
+in one CUDA graph. Beside it, the same in plain PyTorch, and the rates that the fastest reached: of a flow step bytes
+count, of the prefix arithmetic. Attention of the flow steps is timed with its keys shared out to more and to fewer
+programs. Without a GPU it times a tiny model, to show that it runs.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from openpi_flash_cli.bench import NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
+from openpi_flash_models.config import GemmaConfig, ModelConfig
+from openpi_flash_models.torch.kernels import FUSED, fused_attend_suffix
+from openpi_flash_models.torch.ops import REFERENCE, Ops, rope_table
+from torch import Tensor
+
+SPLITS = (1, 2, 4, 8, 14, 28)
+REPLAYS = 10
+
+Call = Callable[[int], object]
+"""An operation with the weights of one layer."""
+
+
+class Case(NamedTuple):
+    """One operation.
+
+    Attributes:
+        name: part of the model and operation.
+        calls: by implementation.
+        flops: of a call.
+        num_bytes: that a call reads and writes at least.
+    """
+
+    name: str
+    calls: dict[str, Call]
+    flops: float
+    num_bytes: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = SIZES["full" if device.type == "cuda" else "tiny"]
+    rows = []
+    with torch.inference_mode():
+        for batch in arguments.batches:
+            for case in cases(config, batch, device):
+                times = {}
+                for name, call in case.calls.items():
+                    try:
+                        times[name] = timed(call, config.vlm.depth, device)
+                    except Exception as error:  # the others are worth the time on a GPU
+                        print(f"batch {batch}  {case.name}, {name}: {type(error).__name__}: {error}")
+                best = min(times.values(), default=float("nan"))
+                rows.append({"batch": batch, **case._asdict(), "calls": times})
+                shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
+                rates = f"{case.flops / best / 1e6:.1f} TFLOP/s, {case.num_bytes / best / 1e3:.0f} GB/s"
+                print(f"batch {batch}  {case.name:24} {rates:30} µs: {shown}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def cases(config: ModelConfig, batch: int, device: torch.device) -> Iterator[Case]:
+    prefix = NUM_VIEWS * config.vision.num_tokens + PROMPT_BUCKET
+    valid = prefix - PROMPT_BUCKET + PROMPT_TOKENS
+    lengths = torch.full((batch,), valid, dtype=torch.int32, device=device)
+    capacity = prefix + config.action_horizon
+    yield from expert_cases("prefix", config.vlm, batch, prefix, lengths, capacity=capacity)
+    horizon = config.action_horizon
+    yield from expert_cases("step", config.expert, batch, horizon, lengths + horizon, capacity=capacity)
+
+
+def expert_cases(
+    part: str, gemma: GemmaConfig, batch: int, tokens: int, lengths: Tensor, *, capacity: int
+) -> Iterator[Case]:
+    device, layers = lengths.device, gemma.depth
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    heads = gemma.num_heads + 2 * gemma.num_kv_heads
+    products = {
+        "qkv": (gemma.width, heads * gemma.head_dim),
+        "out": (gemma.num_heads * gemma.head_dim, gemma.width),
+        "gate_up": (gemma.width, 2 * gemma.mlp_dim),
+        "down": (gemma.mlp_dim, gemma.width),
+    }
+    for name, (wide_in, wide_out) in products.items():
+        x, weights = random(batch, tokens, wide_in), [random(wide_out, wide_in) for _ in range(layers)]
+        flops, num_bytes = product_costs(batch * tokens, wide_in, wide_out)
+        # A case is timed before the next is made.
+        yield Case(f"{part} {name}", {"cuBLAS": lambda i: F.linear(x, weights[i])}, flops, num_bytes)  # noqa: B023
+
+    x, y, gate_up = (
+        random(batch, tokens, gemma.width),
+        random(batch, tokens, gemma.width),
+        random(batch, tokens, 2 * gemma.mlp_dim),
+    )
+    vectors = [random(gemma.width, dtype=torch.float32) for _ in range(3)] if part == "step" else [None] * 3
+    yield both(f"{part} add_rms_norm", lambda ops: lambda _: ops.add_rms_norm(x, y, *vectors), 0, 4 * x.nbytes)
+    yield both(f"{part} geglu", lambda ops: lambda _: ops.geglu(gate_up), 0, 1.5 * gate_up.nbytes)
+
+    caches = [random(2, batch, capacity, gemma.num_kv_heads, gemma.head_dim) for _ in range(layers)]
+    qkv, q = random(batch, tokens, heads * gemma.head_dim), random(batch, tokens, gemma.num_heads, gemma.head_dim)
+    positions = torch.arange(tokens, device=device)[None]
+    if part == "step":
+        positions = positions + lengths[:, None] - tokens
+    rope = rope_table(positions, gemma.head_dim)
+    yield both(
+        f"{part} rotate_into_cache",
+        lambda ops: lambda i: ops.rotate_into_cache(qkv, rope, positions, caches[i]),
+        0,
+        2 * qkv.nbytes,
+    )
+
+    keys = int(lengths[0])
+    flops, num_bytes = 4.0 * q.numel() * keys, 2 * q.nbytes + caches[0].nbytes * keys / capacity
+    if part == "prefix":
+        yield both("prefix attention", lambda ops: lambda i: ops.attend_prefix(q, caches[i], lengths), flops, num_bytes)
+        return
+    calls: dict[str, Call] = {"plain": lambda i: REFERENCE.attend_suffix(q, caches[i], lengths)}
+    if device.type == "cuda":
+        for splits in SPLITS:
+            attend = functools.partial(fused_attend_suffix, q, lengths=lengths, num_splits=splits)
+            calls[f"{splits} splits"] = lambda i, attend=attend: attend(cache=caches[i])
+    yield Case("step attention", calls, flops, num_bytes)
+
+
+def product_costs(rows: int, wide_in: int, wide_out: int) -> tuple[float, float]:
+    return 2.0 * rows * wide_in * wide_out, 2.0 * (wide_in * wide_out + rows * (wide_in + wide_out))
+
+
+def both(name: str, call_with: Callable[[Ops], Call], flops: float, num_bytes: float) -> Case:
+    """An operation as a kernel of ours, where there is a GPU, and in plain PyTorch."""
+    calls = {"fused": call_with(FUSED)} if torch.cuda.is_available() else {}
+    return Case(name, {**calls, "plain": call_with(REFERENCE)}, flops, num_bytes)
+
+
+def timed(call: Call, layers: int, device: torch.device) -> float:
+    """Microseconds of one call."""
+
+    def all_layers() -> None:
+        for i in range(layers):
+            call(i)
+
+    if device.type == "cpu":
+        started = time.perf_counter()
+        all_layers()
+        return (time.perf_counter() - started) / layers * 1e6
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        all_layers()
+        with torch.cuda.graph(graph, stream=stream):
+            all_layers()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 2)]
+        for event in events:
+            graph.replay()
+            event.record()
+    stream.synchronize()
+    # Of the time between the ends of replays, the first of which warmed up.
+    times = [one.elapsed_time(next_one) for one, next_one in itertools.pairwise(events[1:])]
+    return statistics.median(times) / layers * 1e3
+
+
+if __name__ == "__main__":
+    main()
