@@ -333,7 +333,7 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         q, k, v = self.qkv(standardise(x), ops).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        # All tokens see all: PyTorch's own choice, FlashAttention on a GPU, needs neither mask nor lengths.
+        # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.out(attended, ops)
         return x + self.fc2(F.gelu(self.fc1(standardise(x), ops), approximate="tanh"), ops)

@@ -56,8 +56,7 @@ def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope
 
 
 def rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    normed = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPSILON)
     if factor is not None:
         normed = normed * factor
     if shift is not None:
@@ -75,11 +74,14 @@ def add_rms_norm(
 def rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
     kv_heads, head_dim = cache.shape[-2:]
     heads = qkv.unflatten(-1, (-1, head_dim))
-    rotated = rotate(heads[:, :, :-kv_heads], rope)
+    num_heads = heads.shape[2] - 2 * kv_heads
+    # Split, not sliced: the gradients of parts come together in one operation.
+    rotating, values = heads.split([num_heads + kv_heads, kv_heads], 2)
+    queries, keys = rotate(rotating, rope).split([num_heads, kv_heads], 2)
     rows = torch.arange(len(qkv), device=qkv.device)[:, None]
-    cache[0, rows, positions] = rotated[:, :, -kv_heads:]
-    cache[1, rows, positions] = heads[:, :, -kv_heads:]
-    return rotated[:, :, :-kv_heads]
+    cache[0, rows, positions] = keys
+    cache[1, rows, positions] = values
+    return queries
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
