@@ -172,6 +172,9 @@ bench-combined: .venv/.dev ## What a planner costs an action, in each cadence, b
 bench-model: .venv/.dev ## The model on this machine, beside what the machine would allow (BENCH_ARGS; benchmarks/gpu.sh: with a GPU's tests)
 	$(PY) -m openpi_flash_cli.bench model $(BENCH_ARGS)
 
+bench-batching: .venv/.dev ## 1 to 16 robots on one accelerator, batched and one at a time (BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/batching.py $(BENCH_ARGS)
+
 bench-planner: .venv/.dev ## What a subtask costs: first token, each further one, compiling
 	$(PY) benchmarks/planner.py
 

@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 PREPARING_THREADS = 2
 
+NEWEST_SHARE = 0.2
+"""Of the newest call in what is thought of how long a call takes."""
+
 
 class Prepared(Protocol):
     """What the scheduler looks at in a prepared request."""
@@ -78,6 +81,43 @@ class _Job:
     answer: asyncio.Future[Answer]
 
 
+class Pace:
+    """How long model calls have taken, and so how many of the waiting requests are best run together.
+
+    A batch is padded to the next size that the model has: nine requests may cost as much as sixteen. Whether they are
+    better run as eight, and one later, depends on the model, the device and the shape.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[Hashable, int], float | None] = {}
+
+    def learn(self, shape_key: Hashable, rows: int, seconds: float) -> None:
+        """Takes the time of a call of so many rows, padding included. Not that of the first: it may have compiled."""
+        call = shape_key, rows
+        if call not in self._seconds:
+            self._seconds[call] = None
+            return
+        before = self._seconds[call]
+        self._seconds[call] = seconds if before is None else before + NEWEST_SHARE * (seconds - before)
+
+    def choose(self, shape_key: Hashable, waiting: int, sizes: Sequence[int]) -> int:
+        """How many of the waiting requests to run: all, or the next smaller size where that gives more per second.
+
+        Args:
+            shape_key: theirs.
+            waiting: 1 to the largest size.
+            sizes: numbers of rows that the model has, ascending, from 1.
+        """
+        padded = next(size for size in sizes if size >= waiting)
+        if padded == waiting:
+            return waiting
+        smaller = max(size for size in sizes if size < waiting)
+        padded_s, smaller_s = (self._seconds.get((shape_key, size)) for size in (padded, smaller))
+        if padded_s is None or smaller_s is None:
+            return waiting  # and so it becomes known
+        return smaller if smaller / smaller_s > waiting / padded_s else waiting
+
+
 class Scheduler:
     """Runs requests on one accelerator. Belongs to the event loop that calls `infer`; the model never blocks it.
 
@@ -98,6 +138,7 @@ class Scheduler:
         self._metrics = telemetry.metrics
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._accelerator = ThreadPoolExecutor(1, "accelerator")
+        self._pace = Pace()
         self._waiting: deque[_Job] = deque()
         self._num_queued = 0
         self._working = False
@@ -212,7 +253,7 @@ class Scheduler:
 
     def _work(self, model: RunnableModel) -> None:
         """Hands the next batch to the accelerator's thread; comes back when it is done."""
-        batch = self._next_batch(model.batch_sizes[-1])
+        batch = self._next_batch(model.batch_sizes)
         if not batch:
             self._working = False
             return
@@ -236,28 +277,27 @@ class Scheduler:
         future = asyncio.get_running_loop().run_in_executor(self._accelerator, run)
         future.add_done_callback(lambda done: self._deliver(model, batch, done))
 
-    def _next_batch(self, max_batch_size: int) -> list[_Job]:
-        """The oldest request that is still wanted, and what may share its model call."""
-        batch: list[_Job] = []
-        kept: deque[_Job] = deque()
+    def _next_batch(self, sizes: Sequence[int]) -> list[_Job]:
+        """The oldest request that is still wanted, and what is best run with it."""
         now = time.monotonic()
-        while self._waiting and len(batch) < max_batch_size:
-            job = self._waiting.popleft()
-            if job.answer.done():  # given up a moment ago
-                self._count_queued(-1)
-            elif job.deadline <= now:
-                self._count_queued(-1)
-                job.answer.set_exception(_too_late())
-            elif not batch or _may_share(batch[0], job):
-                self._count_queued(-1)
-                batch.append(job)
-                if job.prepared.deterministic:
-                    break
-            else:
-                kept.append(job)
-        kept.extend(self._waiting)
-        self._waiting = kept
+        wanted = [job for job in self._waiting if self._is_wanted(job, now)]
+        batch = [job for job in wanted if job is wanted[0] or _may_share(wanted[0], job)][: sizes[-1]]
+        if batch:
+            del batch[self._pace.choose(batch[0].prepared.shape_key, len(batch), sizes) :]
+        self._waiting = deque(job for job in wanted if job not in batch)
+        self._count_queued(-len(batch))
         return batch
+
+    def _is_wanted(self, job: _Job, now: float) -> bool:
+        """Frees the place of one that is not."""
+        if job.answer.done():  # given up a moment ago
+            self._count_queued(-1)
+            return False
+        if job.deadline <= now:
+            self._count_queued(-1)
+            job.answer.set_exception(_too_late())
+            return False
+        return True
 
     def _prepare_and_run(
         self, model: RunnableModel, job: _Job, prepare: Callable[[], Prepared]
@@ -295,6 +335,8 @@ class Scheduler:
         ended = time.monotonic()
         self._metrics.batch_size.observe(len(batch))
         self._metrics.model_seconds.observe(ended - started)
+        rows = next(size for size in model.batch_sizes if size >= len(batch))
+        self._pace.learn(batch[0].prepared.shape_key, rows, ended - started)
         answers: list[Answer | Exception] = []
         for job, output in zip(batch, outputs, strict=True):
             self._telemetry.record("model", job.span, started, ended, batch_size=len(batch))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from openpi_flash_common.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
-from openpi_flash_common.scheduler import AcceleratorLostError, Answer, Scheduler
+from openpi_flash_common.scheduler import AcceleratorLostError, Answer, Pace, Scheduler
 from openpi_flash_common.telemetry import NO_TRACE, Span, Telemetry
 
 QUEUE_SIZE = 6
@@ -147,6 +147,50 @@ async def test_waiting_requests_of_one_shape_share_model_calls(harness):
     assert harness.policy.calls == [["first"], ["b", "c", "d", "e"], ["f"]]
     assert [answer.batch_size for answer in answers] == [1, 4, 4, 4, 4, 1]
     assert len(harness.policy.threads) == 1
+
+
+SIZES = (1, 2, 4, 8, 16)
+
+
+def pace_of(seconds: Callable[[int], float], sizes: tuple[int, ...] = SIZES) -> Pace:
+    pace = Pace()
+    for rows in sizes:
+        pace.learn("shape", rows, 1e9)  # compiles
+        pace.learn("shape", rows, seconds(rows))
+    return pace
+
+
+def test_as_many_run_together_as_give_the_most_per_second():
+    by_the_row = pace_of(lambda rows: 6 + 6.1 * rows)  # two keep the accelerator busy
+    assert [by_the_row.choose("shape", waiting, SIZES) for waiting in (1, 2, 3, 5, 8, 9, 16)] == [1, 2, 2, 4, 8, 8, 16]
+    all_at_once = pace_of(lambda rows: 12 + 0.1 * rows)  # sixteen do not
+    assert [all_at_once.choose("shape", waiting, SIZES) for waiting in (1, 3, 5, 9, 15)] == [1, 3, 5, 9, 15]
+
+
+def test_what_is_not_known_of_a_shape_is_tried():
+    pace = pace_of(lambda rows: 1 + rows, sizes=(1, 2, 4))
+    assert pace.choose("shape", 3, SIZES) == 2
+    assert pace.choose("shape", 5, SIZES) == 5
+    assert pace.choose("another shape", 3, SIZES) == 3
+
+
+def test_the_pace_follows_what_calls_take_now():
+    pace = pace_of(lambda rows: rows)
+    assert pace.choose("shape", 5, SIZES) == 4
+    for _ in range(20):
+        pace.learn("shape", 8, 1.0)
+    assert pace.choose("shape", 5, SIZES) == 5
+
+
+async def test_what_is_left_for_the_next_call_keeps_its_place(harness):
+    harness.scheduler._pace = pace_of(lambda rows: 1e6 * rows**2, harness.policy.batch_sizes)
+    await harness.occupy()
+    waiting = await harness.submit_waiting("a", Request("x", "other"), "b", "c", "d")
+    waiting[-1].cancel()
+    await harness.until(lambda: len(harness.scheduler._waiting) == 4)
+    harness.policy.gate.set()
+    await asyncio.gather(*waiting[:-1])
+    assert harness.policy.calls == [["first"], ["a", "b"], ["x"], ["c"]]
 
 
 async def test_shapes_do_not_mix_and_the_oldest_goes_first(harness):
