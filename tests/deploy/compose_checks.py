@@ -121,6 +121,28 @@ def test_an_image_of_pytorch_serves(images):
     assert re.match(r"2\.0 \d+\.\d+", answer), answer
 
 
+def test_kernels_need_no_compiler(images):
+    """Triton gets the library that launches kernels as if it had compiled it; there is a compiler for nothing else."""
+    script = """
+from subprocess import CalledProcessError
+from triton.backends.nvidia import driver
+from triton.runtime.build import compile_so_from_file, compile_so_from_src
+source = driver.dirname + "/driver.c"
+library = compile_so_from_file(source, "cuda_utils", ["/of/the/driver"], driver.include_dirs, driver.libraries)
+code = open(library, "rb").read()
+print(all(name in code for name in (b"libcuda.so.1", b"PyInit_cuda_utils", b"launch")))
+try:
+    compile_so_from_src("int x;", "other")
+except CalledProcessError as error:
+    print(error.returncode)
+"""
+    image = image_name("action-torch")
+    command = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", image, "-c", script]
+    answer = run(*command)
+    assert answer.startswith("True\n1\n"), answer
+    assert "action-torch-compile has one" in answer
+
+
 def test_a_robot_with_the_stock_client(stack, stock_python, observation_with_noise):
     calls = 3
     with robots(stock_python, ["policy", "broker"], 8000, observation_with_noise[1], calls) as (policy, broker):

@@ -104,6 +104,9 @@ stand_in_python() {
     rm -rf "$root"
     debootstrap --variant=minbase --include=ca-certificates,python3.11,python3.11-venv,python3-pip \
         bookworm "$root" > "$cache/debootstrap.log"
+    # The public image has Python's headers; the package would bring those of everything beside them.
+    chroot "$root" sh -c 'cd /tmp && apt-get download -qq libpython3.11-dev && dpkg -x libpython3.11-dev_*.deb headers \
+        && cp -r headers/usr/include/. /usr/include/ && rm -r headers libpython3.11-dev_*.deb' >> "$cache/debootstrap.log" 2>&1
     # Under the names that the public image has.
     ln -s /usr/bin/python3.11 "$root/usr/local/bin/python"
     ln -s /usr/bin/pip3 "$root/usr/local/bin/pip"
@@ -123,7 +126,7 @@ stand_in_rust() {
 import() {
     local root=$1 image=$2
     shift 2
-    tar -C "$root" --exclude=./var/cache/apt/archives --exclude=./var/lib/apt/lists -c . \
+    tar -C "$root" --exclude='./var/cache/apt/*' --exclude=./var/lib/apt/lists -c . \
         | docker import -c 'ENV LANG=C.UTF-8' "$@" - "$image" > /dev/null
 }
 
