@@ -9,13 +9,11 @@ on the GPU that is here, or `--random tiny` on the processor.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from openpi_flash_cli.demo import free_ports
 from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import make_tiny_policy
 from openpi_flash_client import GrpcPolicy
+from processes import running
 
 SERVER = Path(__file__).parent / "batching_server.py"
 ROBOTS = (1, 2, 4, 8, 16)
@@ -93,18 +92,9 @@ def start(stack: ExitStack, directory: Path, max_batch_size: int, arguments: arg
     model = f"sleep {arguments.fixed_ms} {arguments.per_request_ms}" if arguments.random is None else "random"
     for program in ([SERVER], ["-m", "openpi_flash_gateway"]):
         command = [sys.executable, *program, "--config", path]
-        stack.enter_context(running(command, {**os.environ, "BATCHING_MODEL": model}))
+        stack.enter_context(running(command, env={**os.environ, "BATCHING_MODEL": model}))
     robots = max(arguments.robots)
     return [stack.enter_context(GrpcPolicy("127.0.0.1", grpc_port, connect_timeout_s=600)) for _ in range(robots)]
-
-
-@contextmanager
-def running(command: list[Any], environment: dict[str, str]) -> Iterator[None]:
-    with subprocess.Popen(command, env=environment) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
 
 
 def call_together(robots: list[GrpcPolicy], seconds: float) -> list[float]:

@@ -9,13 +9,11 @@ model is tiny, on the processor, too.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from openpi_flash_cli.demo import free_ports
 from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import make_tiny_policy
 from openpi_flash_client import GrpcPolicy
+from processes import running
 
 HERE = Path(__file__).parent
 CADENCES: dict[str, Any] = {
@@ -131,15 +130,6 @@ def start(stack: ExitStack, directory: Path, planner: str) -> tuple[GrpcPolicy, 
     for arguments in (program, ["-m", "openpi_flash_action"], ["-m", "openpi_flash_gateway"]):
         stack.enter_context(running([sys.executable, *arguments, "--config", path]))
     return stack.enter_context(GrpcPolicy("127.0.0.1", grpc_port, connect_timeout_s=300)), admin_port
-
-
-@contextmanager
-def running(command: list[str | Path]) -> Iterator[None]:
-    with subprocess.Popen(command) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
 
 
 def report(figures: dict[str, dict[str, Any]]) -> None:

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from openpi_flash_cli.scene import camera_picture
 from openpi_flash_cli.tiny import make_tiny_policy
 from openpi_flash_client import FlashTransportPolicy, GrpcPolicy
 from openpi_flash_common.settings import EngineSettings
+from processes import running
 
 HERE = Path(__file__).parent
 STOCK_PYTHON = HERE.parent / ".cache/openpi-client-env/bin/python"
@@ -36,6 +37,8 @@ TARGET_GRPC_P50_MS = 2.5
 PROMPT = "fold the towel"
 NUM_STEPS = 1
 MODELS = {"instant": "a model that answers at once", "tiny": "a tiny model on the same processor"}
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
 Arm = Callable[[int], list[list[float]]]
 """Makes so many calls; returns [round trip, model] in ms for each."""
@@ -100,7 +103,7 @@ def start_arms(stack: ExitStack, directory: Path, model: str) -> dict[str, Arm]:
     edge = edge_program(EngineSettings.model_validate(settings), binary, directory).argv
     stack.enter_context(running([*edge, "--state-dir", directory, "--log-level", "error"]))
     arguments = [tiny.policy_file, tiny.checkpoint_dir, str(stock_port), str(NUM_STEPS), model]
-    server = stack.enter_context(running([sys.executable, HERE / "stock" / "server.py", *arguments]))
+    server = stack.enter_context(running([sys.executable, HERE / "stock" / "server.py", *arguments], **PIPES))
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n", "the rival's server did not start"
     observation = {name: camera_picture(i, 0, height=224, width=224) for i, name in enumerate(CAMERAS)}
@@ -127,7 +130,8 @@ def time_call(client: GrpcPolicy | FlashTransportPolicy, observation: dict) -> l
 
 def stock_client(stack: ExitStack, port: int, directory: Path) -> Arm:
     script = HERE / "stock" / "client.py"
-    process = stack.enter_context(running([STOCK_PYTHON, script, str(port), directory / "observation.npz", PROMPT]))
+    command = [STOCK_PYTHON, script, str(port), directory / "observation.npz", PROMPT]
+    process = stack.enter_context(running(command, **PIPES))
 
     def call(count: int) -> list[list[float]]:
         assert process.stdin is not None
@@ -136,15 +140,6 @@ def stock_client(stack: ExitStack, port: int, directory: Path) -> Arm:
         return json.loads(process.stdout.readline())
 
     return call
-
-
-@contextmanager
-def running(command: list[str | Path]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
 
 
 def summarize(calls: np.ndarray) -> dict[str, float]:
