@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import atexit
 import gc
 import sys
 from collections.abc import Callable, Coroutine
@@ -52,3 +53,4 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries that look for leaks at the end would find everything

@@ -128,3 +128,15 @@ def test_what_is_alive_when_a_service_settles_is_no_later_collections_work():
         assert len(gc.get_objects()) < alive
     finally:
         gc.unfreeze()
+
+
+def test_a_process_that_ends_frees_what_it_has_settled():
+    program = """
+import atexit, gc
+from openpi_flash_common.process import settle
+atexit.register(lambda: print(gc.get_freeze_count()))  # called after what is registered later
+settle()
+print(gc.get_freeze_count() > 1000)
+"""
+    said = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert said.split() == ["True", "0"]
