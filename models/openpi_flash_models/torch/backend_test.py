@@ -47,6 +47,17 @@ def full_size(model_type):
         return Pi0(config, torch.bfloat16)
 
 
+def full_size_inputs():
+    """Three views and a prompt, on the current default device: on the meta device, shapes and types alone."""
+    return Inputs(
+        images=torch.empty(1, 3, 224, 224, 3, dtype=torch.uint8),
+        tokens=torch.empty(1, 48, dtype=torch.int32),
+        token_mask=torch.empty(1, 48, dtype=torch.bool),
+        state=torch.empty(1, 32),
+        noise=torch.empty(1, 50, 32),
+    )
+
+
 def tiny_batch(*, num_views=2, length=16, num_steps=2, seed=0):
     rng = np.random.default_rng(seed)
     return ModelBatch(
@@ -101,15 +112,7 @@ def test_a_full_size_model_runs_without_waiting_for_the_device(model_type):
     with torch.device("meta"):
         schedule = model.schedule(torch.empty(2, 1024))
         with torch.inference_mode():
-            inputs = Inputs(
-                images=torch.empty(1, 2, 224, 224, 3, dtype=torch.uint8),
-                tokens=torch.empty(1, 48, dtype=torch.int32),
-                token_mask=torch.empty(1, 48, dtype=torch.bool),
-                state=torch.empty(1, 32),
-                noise=torch.empty(1, 50, 32),
-                previous=torch.empty(1, 50, 32),
-                weights=torch.empty(1, 50),
-            )
+            inputs = full_size_inputs()._replace(previous=torch.empty(1, 50, 32), weights=torch.empty(1, 50))
             results = [
                 model.sample_actions(inputs, schedule),
                 sample_guided(model, inputs, schedule),

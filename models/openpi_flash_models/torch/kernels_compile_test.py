@@ -9,6 +9,7 @@ has the types, constants and options of the launch. `pytest -rP` prints what eac
 import dataclasses
 import re
 import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -16,10 +17,11 @@ import torch
 
 from openpi_flash_models.config import ModelConfig, ModelType
 from openpi_flash_models.torch import fp8, kernels
-from openpi_flash_models.torch.model import Inputs, Pi0
+from openpi_flash_models.torch.backend_test import full_size_inputs
+from openpi_flash_models.torch.model import Pi0
 
-if kernels.triton is None:
-    pytest.skip("Triton is not installed; it has packages for Linux alone", allow_module_level=True)
+if sys.platform != "linux":
+    pytest.skip("Triton has packages for Linux alone", allow_module_level=True)
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227}
 """By compute capability (A100; L4 and RTX 4090; H100 and H200): the shared memory that one program may have."""
@@ -109,14 +111,7 @@ def run_full_size(case):
         if case.quantised:
             for matrix in fp8.prefix_matrices(model):
                 matrix.quantise()
-        inputs = Inputs(
-            images=torch.empty(1, 3, 224, 224, 3, dtype=torch.uint8),
-            tokens=torch.empty(1, 64, dtype=torch.int32),
-            token_mask=torch.empty(1, 64, dtype=torch.bool),
-            state=torch.empty(1, 32),
-            noise=torch.empty(1, 50, 32),
-        )
-        model.sample_actions(inputs, model.schedule(torch.empty(2, 1024)))
+        model.sample_actions(full_size_inputs(), model.schedule(torch.empty(2, 1024)))
 
 
 def resources(kernel, folder):

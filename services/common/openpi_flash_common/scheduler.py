@@ -108,7 +108,7 @@ class Pace:
             waiting: 1 to the largest size.
             sizes: numbers of rows that the model has, ascending, from 1.
         """
-        padded = next(size for size in sizes if size >= waiting)
+        padded = padded_size(waiting, sizes)
         if padded == waiting:
             return waiting
         smaller = max(size for size in sizes if size < waiting)
@@ -116,6 +116,11 @@ class Pace:
         if padded_s is None or smaller_s is None:
             return waiting  # and so it becomes known
         return smaller if smaller / smaller_s > waiting / padded_s else waiting
+
+
+def padded_size(count: int, sizes: Sequence[int]) -> int:
+    """The rows of a model call of so many requests."""
+    return next(size for size in sizes if size >= count)
 
 
 class Scheduler:
@@ -335,7 +340,7 @@ class Scheduler:
         ended = time.monotonic()
         self._metrics.batch_size.observe(len(batch))
         self._metrics.model_seconds.observe(ended - started)
-        rows = next(size for size in model.batch_sizes if size >= len(batch))
+        rows = padded_size(len(batch), model.batch_sizes)
         self._pace.learn(batch[0].prepared.shape_key, rows, ended - started)
         answers: list[Answer | Exception] = []
         for job, output in zip(batch, outputs, strict=True):
