@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
@@ -80,6 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="default: 1 2 4 8 16")
     parser.add_argument("--runs", type=int, help="timed calls of each batch (default: 200 on a GPU, 10 without one)")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="arms that load and compile side by side, where memory holds as many (default: 1); none is timed beside"
+        " another",
+    )
     parser.add_argument("--profile", action="store_true", help="of PyTorch: kernels, the longest, gaps between them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as a picture, e.g. model.png")
@@ -99,9 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     report: dict[str, Any] = {"job": job, "commit": commit(), "arms": {}}
     with tempfile.TemporaryDirectory(prefix="openpi-flash-bench-") as directory:
-        for name in names:
-            console.print(f"{name} …")
-            result = measure(name, job, Path(directory))
+        for name, result in measure(names, job, Path(directory), together=arguments.together):
+            console.print(f"{name}: {'failed' if 'error' in result else 'measured'}")
             report["arms"][name] = result if "error" in result else evaluate(name, result, size, Path(directory))
             # After each arm, so that a run that is cut off leaves what it has.
             if arguments.json:
@@ -145,20 +154,65 @@ def with_references(names: list[str]) -> list[str]:
     return [*references, *(name for name in names if name not in references)]
 
 
-def measure(name: str, job: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """What bench_arm.py says of one arm; `error` where it failed."""
-    request = {**job, "arm": {**ARMS[name]}, "actions": str(directory / f"{name}.npy")}
+class Running(NamedTuple):
+    """An arm's process. It writes files, so that no pipe fills up while others have their turn."""
+
+    process: subprocess.Popen[bytes]
+    ready: Path
+    output: Path
+    errors: Path
+
+
+def measure(
+    names: list[str], job: dict[str, Any], directory: Path, *, together: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What bench_arm.py says of each arm; `error` where it failed.
+
+    `together` arms at a time load and compile side by side; each is timed while all others wait.
+    """
+    for first in range(0, len(names), together):
+        running = {name: start(name, job, directory) for name in names[first : first + together]}
+        try:
+            for arm in running.values():
+                wait_until_ready(arm)
+            for name, arm in running.items():
+                yield name, finish(arm)
+        finally:
+            for arm in running.values():
+                arm.process.kill()
+                arm.process.wait()
+
+
+def start(name: str, job: dict[str, Any], directory: Path) -> Running:
+    files = [directory / f"{name}.{suffix}" for suffix in ("ready", "json", "err")]
+    request = {**job, "arm": ARMS[name], "actions": str(directory / f"{name}.npy"), "ready": str(files[0])}
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-m", "openpi_flash_cli.bench_arm", json.dumps(request)]
-    try:
-        done = subprocess.run(  # noqa: S603 - ourselves
-            command, env=environment, capture_output=True, text=True, check=False, timeout=ARM_TIMEOUT_S
+    with files[1].open("wb") as output, files[2].open("wb") as errors:
+        process = subprocess.Popen(  # noqa: S603 - ourselves
+            command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=errors
         )
+    return Running(process, *files)
+
+
+def wait_until_ready(arm: Running) -> None:
+    """Until it waits for its turn, or has ended."""
+    end = time.monotonic() + ARM_TIMEOUT_S
+    while not arm.ready.exists() and arm.process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def finish(arm: Running) -> dict[str, Any]:
+    """Gives an arm its turn."""
+    if not arm.ready.exists() and arm.process.poll() is None:
+        return {"error": f"was not ready after {ARM_TIMEOUT_S:.0f} s"}
+    try:
+        arm.process.communicate(b"\n", timeout=ARM_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {ARM_TIMEOUT_S:.0f} s"}
-    if done.returncode:
-        return {"error": done.stderr.strip()[-2000:] or f"exit code {done.returncode}"}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if arm.process.returncode:
+        return {"error": arm.errors.read_text().strip()[-2000:] or f"exit code {arm.process.returncode}"}
+    result: dict[str, Any] = json.loads(arm.output.read_text().splitlines()[-1])
     return result
 
 

@@ -1,7 +1,6 @@
 """One arm of `openpi-flash bench model`, in a process of its own: loads a random model, times it, prints JSON.
 
-`python -m openpi_flash_cli.bench_arm JOB`, JOB being what bench.py's `measure` makes. The last line of the output
-counts.
+`python -m openpi_flash_cli.bench_arm JOB`, JOB being what bench.py's `start` makes. The last line of the output counts.
 """
 
 import gc
@@ -90,17 +89,17 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
     if framework == "torch":
         from openpi_flash_models.torch import load as load_torch
 
-        result = torch_rates(job["device"], options["precision"])
-        forget_peak()
         started = time.perf_counter()
         backend = load_torch(config, RandomSource(torch_shapes(config)), device=job["device"], **options)
-        result["ops"] = backend.model.ops.name
+        rates = torch_rates
+        result: dict[str, Any] = {"ops": backend.model.ops.name}
     else:
         from openpi_flash_models.jax import load as load_jax
 
-        result = jax_rates(job["device"], options["precision"])
         started = time.perf_counter()
         backend = load_jax(config, RandomSource(jax_shapes(config)), device=jax_platform(job["device"]), **options)
+        rates = jax_rates
+        result = {}
     result["load_s"] = time.perf_counter() - started
     # A float32 model is there to compare with: a batch of 1 is enough of it.
     batches = job["batches"][:1] if is_float32 else job["batches"]
@@ -109,13 +108,14 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
     for size in batches:
         backend.sample_actions(batch_of(config, size, continues))
     result["first_calls_s"] = time.perf_counter() - started
+    wait_for_turn(job)
     np.save(job["actions"], backend.sample_actions(batch_of(config, 1, continues)))
     gc.freeze()
     result["batches"] = {size: percentiles(call(backend, batch_of(config, size, continues)), runs) for size in batches}
     result["peak_bytes"] = peak_bytes(framework, backend.device)
     if job["profile"] and framework == "torch" and not is_float32:
         result["profile"] = profile(call(backend, batch_of(config, 1, continues)))
-    return result
+    return {**result, **rates(job["device"], options["precision"])}
 
 
 def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     from openpi_flash_models.planner.decoder import Batch, load_decoder
     from openpi_flash_models.planner.vocabulary import EOS
 
-    result = jax_rates(job["device"], "bfloat16")
+    result: dict[str, Any] = {}
     started = time.perf_counter()
     allowed = np.arange(config.vocab_size) != EOS
     source = RandomSource(jax_shapes(config))
@@ -156,6 +156,7 @@ def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     write()
     result["first_calls_s"] = time.perf_counter() - started
+    wait_for_turn(job)
     first.clear()
     whole.clear()
     gc.freeze()
@@ -165,7 +166,13 @@ def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     result["first_token"], result["further_token"] = summary(first), summary(further)
     result[f"all_{MAX_TOKENS}_tokens"] = summary(whole)
     result["peak_bytes"] = peak_bytes("jax", decoder.device)
-    return result
+    return {**result, **jax_rates(job["device"], "bfloat16")}
+
+
+def wait_for_turn(job: dict[str, Any]) -> None:
+    """Says that everything is loaded and compiled; returns when nobody else uses the device."""
+    Path(job["ready"]).touch()
+    sys.stdin.readline()
 
 
 def batch_of(config: ModelConfig, size: int, continues: str | None = None) -> ModelBatch:
@@ -239,15 +246,6 @@ def torch_rates(device: str, precision: str) -> dict[str, Any]:
         # A copy reads and writes.
         "copy_bytes_per_s": 2 * copied / timed(lambda: target.copy_(buffer)),
     }
-
-
-def forget_peak() -> None:
-    """PyTorch's peak of a GPU's memory starts here."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def jax_platform(device: str) -> str | None:

@@ -39,6 +39,8 @@ def test_a_tiny_model_is_timed_compared_and_profiled(tmp_path):
         "2",
         "--runs",
         "2",
+        "--together",
+        "2",
         "--profile",
     ]
     command = [sys.executable, "-m", "openpi_flash_cli.bench", "model", *options, "--json", report, "--plot", picture]
@@ -71,7 +73,10 @@ def test_each_backend_gets_its_float32_model_once_and_first():
 
 
 def test_an_arm_that_fails_is_reported_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure", lambda name, job, directory: {"error": f"{name} has no such GPU"})
+    def measure(names, job, directory, *, together):
+        return ((name, {"error": f"{name} has no such GPU"}) for name in names)
+
+    monkeypatch.setattr(bench, "measure", measure)
     arguments = bench.argparse.ArgumentParser()
     bench.add_arguments(arguments)
     assert bench.run(arguments.parse_args(["model", "--device", "cpu", "--arms", "torch"])) == 1
