@@ -119,6 +119,8 @@ def fused_attend_suffix(
         # memory of a consumer's GPU.
         tile |= {"BLOCK_ROWS": 32, "BLOCK_KEYS": 16, "num_warps": 8}
     overlap = _overlap(q)
+    if not overlap["OVERLAP"]:  # before Hopper, factors pass through registers
+        tile["num_warps"] = 8
     tile |= overlap | tiles
     splits = splits or default_splits(batch)
     shares = q.new_empty(splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
@@ -337,10 +339,13 @@ def fused_project_add(
 
 def _tiles(x: Tensor, *, outputs: int) -> dict[str, int]:
     """How a product is shared out to programs: rows, outputs, and how much of a row at a time."""
+    overlap = _overlap(x)
     tiles = {"BLOCK_ROWS": 64, "BLOCK_OUT": outputs, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 3}
     if x.dtype == torch.float32:  # multiplied outside of the tensor cores, in registers
         tiles |= {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_WIDTH": 32, "num_stages": 2}
-    return tiles | {"PREFETCH": x.device.type != "cpu"} | _overlap(x)
+    elif not overlap["OVERLAP"]:  # before Hopper, factors pass through registers
+        tiles |= {"BLOCK_OUT": 16}
+    return tiles | {"PREFETCH": x.device.type != "cpu"} | overlap
 
 
 def _overlap(x: Tensor) -> dict[str, bool]:
