@@ -58,6 +58,7 @@ def _launch_norm(
         total,
         normed,
         width,
+        _row_stride(gate, factor, shift),
         EPSILON=NORM_EPSILON,
         ADD=y is not None,
         GATE=gate is not None,
@@ -207,6 +208,7 @@ def fused_stream(x: Tensor, norm: Norm) -> Stream:
         scaled,
         squares,
         width,
+        _row_stride(factor),
         FACTOR=factor is not None,
         BLOCK=triton.next_power_of_2(width),
         **_overlap(x),
@@ -247,10 +249,12 @@ def fused_norm_qkv(
         tokens if len(positions) > 1 else 0,
         batch * capacity * kv_heads * head_dim,
         *_ahead(ahead, x),
+        _row_stride(norm.product),
         EPSILON=NORM_EPSILON,
         SQUARES=squares.shape[1],
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         PRODUCT=norm.product is not None,
+        PER_TOKEN=_row_stride(norm.product) > 0,
         NUM_HEADS=num_heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
@@ -282,10 +286,12 @@ def fused_norm_geglu(
         width,
         inner,
         *_ahead(ahead, x),
+        _row_stride(norm.product),
         EPSILON=NORM_EPSILON,
         SQUARES=squares.shape[1],
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         PRODUCT=norm.product is not None,
+        PER_TOKEN=_row_stride(norm.product) > 0,
         AHEAD=ahead is not None,
         **tile,
     )
@@ -327,9 +333,11 @@ def fused_project_add(
         width,
         inner,
         triton.cdiv(triton.cdiv(inner, tile["BLOCK_WIDTH"]), splits) * tile["BLOCK_WIDTH"],
+        _row_stride(gate, factor),
         *_ahead(ahead, x),
         GATE=gate is not None,
         FACTOR=factor is not None,
+        PER_TOKEN=_row_stride(gate, factor) > 0,
         SPLITS=splits,
         AHEAD=ahead is not None,
         **tile,
@@ -355,6 +363,12 @@ def _overlap(x: Tensor) -> dict[str, bool]:
     target = triton.runtime.driver.active.get_current_target()
     overlaps = target.backend == "cuda" and target.arch >= OVERLAP_CAPABILITY
     return {"OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
+
+
+def _row_stride(*vectors: Tensor | None) -> int:
+    """How far those of one token are from those of the next, alike for all; 0: one vector serves all tokens."""
+    (stride,) = {vector.stride(-2) if vector.dim() > 1 else 0 for vector in vectors if vector is not None} or {0}
+    return stride
 
 
 def _ahead(matrix: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
@@ -410,6 +424,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     total_ptr,
     normed_ptr,
     width,
+    stride,
     EPSILON: tl.constexpr,
     ADD: tl.constexpr,
     GATE: tl.constexpr,
@@ -420,20 +435,21 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     """One program: one row."""
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    at = tl.program_id(0).to(tl.int64) * width + columns
+    row = tl.program_id(0).to(tl.int64)
+    at, of_row = row * width + columns, row * stride + columns
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if GATE:
-            y *= tl.load(gate_ptr + columns, mask=inside, other=0.0)
+            y *= tl.load(gate_ptr + of_row, mask=inside, other=0.0)
         total = (x + y).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + at, total, mask=inside)
         x = total.to(tl.float32)  # the norm is that of the rounded sum
     x *= tl.rsqrt(tl.sum(x * x) / width + EPSILON)
     if FACTOR:
-        x *= tl.load(factor_ptr + columns, mask=inside, other=0.0)
+        x *= tl.load(factor_ptr + of_row, mask=inside, other=0.0)
     if SHIFT:
-        x += tl.load(shift_ptr + columns, mask=inside, other=0.0)
+        x += tl.load(shift_ptr + of_row, mask=inside, other=0.0)
     tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
@@ -642,10 +658,12 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     values_offset,
     ahead_ptr,
     ahead_size,
+    stride,
     EPSILON: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK_SQUARES: tl.constexpr,
     PRODUCT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -686,8 +704,8 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     first *= scale
     second *= scale
     if PRODUCT:
-        first += tl.load(product_ptr + out, mask=inside, other=0.0)[None, :]
-        second += tl.load(product_ptr + out + HALF, mask=inside, other=0.0)[None, :]
+        first += _rows_of(product_ptr, r, out, is_row, inside, stride, PER_TOKEN)
+        second += _rows_of(product_ptr, r, out + HALF, is_row, inside, stride, PER_TOKEN)
     row, column = r // tokens, r % tokens
     within = is_row[:, None] & inside[None, :]
     if head < NUM_HEADS + KV_HEADS:
@@ -722,10 +740,12 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     inner,
     ahead_ptr,
     ahead_size,
+    stride,
     EPSILON: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK_SQUARES: tl.constexpr,
     PRODUCT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -760,8 +780,8 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     gate *= scale
     up *= scale
     if PRODUCT:
-        gate += tl.load(product_ptr + n, mask=inside, other=0.0)[None, :]
-        up += tl.load(product_ptr + inner + n, mask=inside, other=0.0)[None, :]
+        gate += _rows_of(product_ptr, r, n, is_row, inside, stride, PER_TOKEN)
+        up += _rows_of(product_ptr, r, n + inner, is_row, inside, stride, PER_TOKEN)
     out = _gelu(gate) * up
     at = r[:, None].to(tl.int64) * inner + n[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & inside[None, :])
@@ -783,10 +803,12 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     width,
     inner,
     share,
+    stride,
     ahead_ptr,
     ahead_size,
     GATE: tl.constexpr,
     FACTOR: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -833,14 +855,14 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
                 total += tl.load(partial_ptr + other * size + at, mask=within, other=0.0, cache_modifier=".cg")
     if is_last:
         if GATE:
-            total *= tl.load(gate_ptr + n, mask=inside, other=0.0)[None, :]
+            total *= _rows_of(gate_ptr, r, n, is_row, inside, stride, PER_TOKEN)
         total += tl.load(x_ptr + at, mask=within, other=0.0).to(tl.float32)
         x = total.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, x, mask=within)
         total = x.to(tl.float32)
         tl.store(squares_ptr + r * tl.num_programs(1) + tl.program_id(1), tl.sum(total * total, 1), mask=is_row)
         if FACTOR:
-            total *= tl.load(factor_ptr + n, mask=inside, other=0.0)[None, :]
+            total *= _rows_of(factor_ptr, r, n, is_row, inside, stride, PER_TOKEN)
         tl.store(scaled_ptr + at, total.to(out_ptr.dtype.element_ty), mask=within)
 
 
@@ -851,6 +873,7 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     scaled_ptr,
     squares_ptr,
     width,
+    stride,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -864,8 +887,19 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     wide = x.to(tl.float32)
     tl.store(squares_ptr + row, tl.sum(wide * wide))
     if FACTOR:
-        x = (wide * tl.load(factor_ptr + columns, mask=inside, other=0.0)).to(x.dtype)
+        x = (wide * tl.load(factor_ptr + row * stride + columns, mask=inside, other=0.0)).to(x.dtype)
     tl.store(scaled_ptr + row * width + columns, x, mask=inside)
+
+
+@jit
+def _rows_of(ptr, r, n, is_row, inside, stride, PER_TOKEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Elements `n` of a vector, as one row; of rows `r` of a matrix, where every token has a vector of its own."""
+    if PER_TOKEN:
+        at = r[:, None].to(tl.int64) * stride + n[None, :]
+        rows = tl.load(ptr + at, mask=is_row[:, None] & inside[None, :], other=0.0)
+    else:
+        rows = tl.load(ptr + n, mask=inside, other=0.0)[None, :]
+    return rows
 
 
 @jit

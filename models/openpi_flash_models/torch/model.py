@@ -213,7 +213,7 @@ class Pi0(nn.Module):
             return [Norm()] * (2 * len(self.expert)) + [Norm(1 + self.expert_norm)]
         norms = [Norm(*norm.unbind()) for norm in step.modulation.unbind()]
         if step.products is not None:
-            parts = [part for row in step.products.unbind() for part in row.split(self._product_sizes)]
+            parts = [part for row in step.products.unbind() for part in row.split(self._product_sizes, -1)]
             norms[:-1] = [norm._replace(product=part) for norm, part in zip(norms[:-1], parts, strict=True)]
         return norms
 

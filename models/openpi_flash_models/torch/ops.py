@@ -39,6 +39,8 @@ class Span(NamedTuple):
 class Norm(NamedTuple):
     """One norm of the action expert and the gate behind it, all float32. What is None is left out.
 
+    Tokens share them, or have their own: then each is (B, T, …).
+
     Attributes:
         factor: (W,) on the normed vector.
         shift: (W,) added to it.

@@ -1,9 +1,9 @@
 """Real-time chunking around the PyTorch model: the flow of chunks that continue others (../realtime.py).
 
-Both use a model's `prepare` and `velocity` as they are, the latter with plain operations: the fused ones cannot be
-differentiated, and take no norm that differs from token to token. Nothing here waits for the device, so that a CUDA
-graph can hold all of it, the backward passes too: what they differentiate is made inside of the call, and they run in
-the thread that records. Shapes: B batch, H action horizon, A action_dim, E expert width, L layers.
+Both use a model's `prepare` and `velocity` as they are; what is differentiated, with plain operations, for the fused
+ones cannot be. Nothing here waits for the device, so that a CUDA graph can hold all of it, the backward passes too:
+what they differentiate is made inside of the call, and they run in the thread that records. Shapes: B batch, H action
+horizon, A action_dim, E expert width, L layers.
 """
 
 import contextlib
@@ -57,20 +57,21 @@ def sample_committed(model: Pi0, inputs: Inputs, schedule: Schedule, done: Step)
     assert inputs.previous is not None and inputs.weights is not None  # noqa: S101 - as documented
     context, is_given = model.prepare(inputs), inputs.weights[..., None] > 0
     x, dt = torch.where(is_given, inputs.previous, inputs.noise), float(flow.step_size(len(schedule)))
-    with plain_operations(model):
-        for step in schedule:
-            v = model.velocity(x, of_tokens(step, done, is_given), context)
-            x = x + dt * v.masked_fill(is_given, 0)
+    for step in schedule:
+        v = model.velocity(x, of_tokens(step, done, is_given), context)
+        x = x + dt * v.masked_fill(is_given, 0)
     return x
 
 
 def of_tokens(step: Step, done: Step, is_given: Tensor) -> Step:
-    """A step as each token meets it, its rows (B, H, E): that of `done` where the action is given."""
-    if step.modulation is None or done.modulation is None:
-        assert step.time_bias is not None and done.time_bias is not None  # noqa: S101 - of pi0
-        return Step(time_bias=torch.where(is_given, done.time_bias, step.time_bias))
-    rows, rows_done = (modulation[:, :, None, None] for modulation in (step.modulation, done.modulation))
-    return Step(torch.where(is_given, rows_done, rows))
+    """A step as each token meets it, with rows (B, H, …): that of `done` where the action is given."""
+
+    def choose(row: Tensor | None, row_done: Tensor | None) -> Tensor | None:
+        if row is None or row_done is None:
+            return None
+        return torch.where(is_given, row_done[..., None, None, :], row[..., None, None, :])
+
+    return Step(*map(choose, step, done))
 
 
 def forgetful(context: Context) -> Context:

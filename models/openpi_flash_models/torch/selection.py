@@ -1,5 +1,6 @@
 """Which implementation of the operations a device gets: each the fused one where it gives what the plain one gives."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,8 +103,8 @@ def expert_trials(
     qkv, gate_up = matrix(heads_width + 2 * cache[0, 0, 0].numel(), width), matrix(2 * gemma.mlp_dim, width)
     span = _span(lengths, tokens, gemma.head_dim)
     out, down = matrix(width, heads_width), matrix(width, gemma.mlp_dim)
-    factor, shift, gate = (random(width, dtype=torch.float32) for _ in range(3))
-    for norm in (Norm(), Norm(factor, shift, gate)):
+    shared, own = ([random(*shape, width, dtype=torch.float32) for _ in range(3)] for shape in ((), (2, tokens)))
+    for norm in (Norm(), Norm(*shared), Norm(*own)):
 
         def before(weight: Tensor, norm: Norm = norm) -> Norm:
             return norm if norm.shift is None else norm._replace(product=F.linear(norm.shift, weight.float()))
@@ -118,6 +119,7 @@ def expert_trials(
 
             return call
 
+        yield "rms_norm", functools.partial(lambda norm, ops: ops.rms_norm(x, norm.factor, norm.shift), norm)
         yield "norm_geglu", lambda ops: ops.norm_geglu(stream(ops), before(gate_up), gate_up)
         yield "norm_qkv", lambda ops: _writes("norm_qkv", stream(ops), before(qkv), qkv, span, cache)(ops)
         yield "project_add", project(attended, out)
