@@ -58,6 +58,32 @@ def _launch_norm(
     return total, normed
 
 
+def fused_add_layer_norm(x: Tensor, y: Tensor, factor: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[-1]
+    _layer_norm_kernel[(x.numel() // width,)](
+        x,
+        y.contiguous(),
+        x if factor is None else factor,
+        x if shift is None else shift,
+        total,
+        normed,
+        width,
+        EPSILON=NORM_EPSILON,
+        FACTOR=factor is not None,
+        SHIFT=shift is not None,
+        BLOCK=triton.next_power_of_2(width),
+    )
+    return total, normed
+
+
+def addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """cuBLASLt's product, which adds the bias and applies GELU, in its tanh form, to what is still in registers."""
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return product.view(*x.shape[:-1], -1)
+
+
 def fused_rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
     batch, tokens, _ = qkv.shape
     _, _, capacity, kv_heads, head_dim = cache.shape
@@ -186,6 +212,8 @@ FUSED = Ops(
     "fused",
     fused_rms_norm,
     fused_add_rms_norm,
+    fused_add_layer_norm,
+    addmm_gelu,
     fused_rotate_into_cache,
     fused_geglu,
     flash_attend_prefix,
@@ -225,6 +253,38 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
         total = (x + y).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + at, total, mask=inside)
         x = total.to(tl.float32)  # the norm is that of the rounded sum
+    x *= tl.rsqrt(tl.sum(x * x) / width + EPSILON)
+    if FACTOR:
+        x *= tl.load(factor_ptr + columns, mask=inside, other=0.0)
+    if SHIFT:
+        x += tl.load(shift_ptr + columns, mask=inside, other=0.0)
+    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _layer_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    factor_ptr,
+    shift_ptr,
+    total_ptr,
+    normed_ptr,
+    width,
+    EPSILON: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one row."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total = (x + y).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + at, total, mask=inside)
+    x = total.to(tl.float32)  # the norm is that of the rounded sum
+    x = tl.where(inside, x - tl.sum(x) / width, 0.0)
     x *= tl.rsqrt(tl.sum(x * x) / width + EPSILON)
     if FACTOR:
         x *= tl.load(factor_ptr + columns, mask=inside, other=0.0)

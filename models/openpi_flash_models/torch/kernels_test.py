@@ -32,7 +32,17 @@ def config(*, num_kv_heads=1, head_dim=10):
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "add_rms_norm", "rotate_into_cache", "geglu", "attend_suffix", "quantise_rows"]
+    "op",
+    [
+        "rms_norm",
+        "add_rms_norm",
+        "add_layer_norm",
+        "linear_gelu",
+        "rotate_into_cache",
+        "geglu",
+        "attend_suffix",
+        "quantise_rows",
+    ],
 )
 def test_a_wrong_kernel_is_found(op):
     def wrong(*arguments):
@@ -63,8 +73,8 @@ if INTERPRETED:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("sizes", [{}, {"num_kv_heads": 2, "head_dim": 16}, {"num_kv_heads": 4}], ids=str)
     def test_every_kernel_gives_what_plain_pytorch_gives(dtype, sizes):
-        # FlashAttention is PyTorch's own, and no CPU has it.
-        fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix)
+        # FlashAttention and cuBLASLt's GELU are PyTorch's own, and no CPU has them.
+        fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix, linear_gelu=plain.linear_gelu)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
             fused = fused._replace(attend_prefix=plain.attend_prefix, attend_suffix=plain.attend)
         assert selection.mismatches(fused, config(**sizes), CPU, dtype) == {}

@@ -29,6 +29,9 @@ class Ops(NamedTuple):
         name: `reference` or `fused`.
         rms_norm: (x (B, T, W), factor (W,), shift (W,)) to x over its root mean square, times factor, plus shift.
         add_rms_norm: (x, y, gate (W,), factor, shift) to x + y·gate, rounded to the dtype of x, and the norm of that.
+        add_layer_norm: (x, y, factor, shift) to x + y, rounded to the dtype of x, and that less its mean and over its
+            standard deviation, times factor, plus shift.
+        linear_gelu: (x (…, in), weight (out, in), bias (out,)) to gelu(x·weightᵀ + bias), (…, out).
         rotate_into_cache: (qkv (B, T, (N+2K)·h), rope, positions (B or 1, T), cache) to the rotated queries
             (B, T, N, h); writes the rotated keys and the values to their positions of the cache (2, B, C, K, h).
         geglu: (B, T, 2W), gate and up, to gelu(gate)·up, (B, T, W).
@@ -41,6 +44,8 @@ class Ops(NamedTuple):
     name: str
     rms_norm: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     rotate_into_cache: Callable[[Tensor, Rope, Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor], Tensor]
     attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,6 +74,15 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     x = x + y if gate is None else (x + y * gate).to(x.dtype)
     return x, rms_norm(x, factor, shift)
+
+
+def add_layer_norm(x: Tensor, y: Tensor, factor: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, F.layer_norm(x.float(), x.shape[-1:], factor, shift, NORM_EPSILON).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
@@ -118,4 +132,15 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(FP8), scale
 
 
-REFERENCE = Ops("reference", rms_norm, add_rms_norm, rotate_into_cache, geglu, attend_prefix, attend, quantise_rows)
+REFERENCE = Ops(
+    "reference",
+    rms_norm,
+    add_rms_norm,
+    add_layer_norm,
+    linear_gelu,
+    rotate_into_cache,
+    geglu,
+    attend_prefix,
+    attend,
+    quantise_rows,
+)

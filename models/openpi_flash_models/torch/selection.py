@@ -67,6 +67,13 @@ def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ite
         yield "rms_norm", [x, factor, shift]
         yield "add_rms_norm", [x, y, None, None, None]
         yield "add_rms_norm", [x, y, gate, factor, shift]
+    vision = config.vision
+    x, y = random(2, 3, vision.width), random(2, 3, vision.width)
+    factor, shift = (random(vision.width, dtype=torch.float32) for _ in range(2))
+    yield "add_layer_norm", [x, y, None, None]
+    yield "add_layer_norm", [x, y, factor, shift]
+    weight = random(vision.mlp_dim, vision.width) * vision.width**-0.5
+    yield "linear_gelu", [x, weight, random(vision.mlp_dim)]
     for mlp_dim in {config.vlm.mlp_dim, config.expert.mlp_dim}:
         yield "geglu", [random(2, 3, 2 * mlp_dim)]
     capacity, lengths = 40, torch.tensor([40, 33], dtype=torch.int32, device=device)
