@@ -8,7 +8,7 @@ those of ops.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,44 @@ from openpi_flash_models.torch.ops import FP8, FP8_MAX, NORM_EPSILON, Ops, Rope,
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # there is none for this platform: the reference serves
     triton = None
+
+
+HOPPER = 90
+"""Compute capability of H100 and H200."""
+
+LOG2_E = 1.4426950408889634
+
+
+class Tiles(NamedTuple):
+    """How a kernel of attention divides its work.
+
+    Attributes:
+        rows: (token, head) pairs of a program.
+        keys: that it multiplies at a time.
+        warps: of a program.
+        stages: how many tiles of keys are on their way or in use.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+PREFIX_TILES = (
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 8, 2),
+    Tiles(64, 64, 4, 1),
+    Tiles(64, 32, 4, 2),
+    Tiles(64, 128, 8, 1),
+    Tiles(128, 64, 8, 2),
+    Tiles(128, 64, 8, 1),
+    Tiles(128, 128, 8, 1),
+)
+"""For attention of the prefix, those that a Hopper GPU has registers and shared memory for."""
 
 
 def fused_rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -166,6 +202,46 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
         BLOCK_SPLITS=triton.next_power_of_2(num_splits),
         BLOCK_DIM=block_dim,
         num_warps=1,
+    )
+    return out
+
+
+def hopper_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    """`tiled_attend_prefix` on the GPUs for whose tensor cores and shared memory it is written; others' FlashAttention
+    is PyTorch's."""
+    is_hopper = triton.runtime.driver.active.get_current_target().arch == HOPPER
+    attend = tiled_attend_prefix if is_hopper and q.dtype != torch.float32 else flash_attend_prefix
+    return attend(q, cache, lengths)
+
+
+def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Tiles = PREFIX_TILES[0]) -> Tensor:
+    """FlashAttention whose rows are the (token, head) pairs that share a key head (Dao, FlashAttention-2)."""
+    q = q.contiguous()
+    batch, tokens, num_heads, head_dim = q.shape
+    _, _, capacity, kv_heads, _ = cache.shape
+    rows = tokens * (num_heads // kv_heads)
+    if q.dtype == torch.float32:
+        tiles = Tiles(32, 16, 8, 2)  # as in `fused_attend_suffix`
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    keys_values = cache.view(-1, kv_heads * head_dim)
+    out = torch.empty_like(q)
+    _attend_prefix_kernel[(triton.cdiv(rows, tiles.rows), batch * kv_heads)](
+        q,
+        TensorDescriptor(keys_values, [*keys_values.shape], [*keys_values.stride()], [tiles.keys, block_dim]),
+        lengths,
+        out,
+        rows,
+        capacity,
+        batch * capacity,
+        head_dim**-0.5 * LOG2_E,
+        NUM_HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_ROWS=tiles.rows,
+        BLOCK_KEYS=tiles.keys,
+        BLOCK_DIM=block_dim,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
     return out
 
@@ -422,6 +498,60 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     )
     tl.store(weights_ptr + out_row, most, mask=is_row)
     tl.store(weights_ptr + tl.num_programs(2) * batch * KV_HEADS * rows + out_row, total, mask=is_row)
+
+
+@jit
+def _attend_prefix_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    cache,
+    lengths_ptr,
+    out_ptr,
+    rows,
+    capacity,
+    values_start,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """One program: a block of the rows (token, head of the group) of one key head, against all of its keys.
+
+    `cache` is a descriptor of (2·B·C, K·h): a block is fetched by its first element, past the valid keys too, so that
+    no thread holds addresses. A key that is not valid has weight 0. `scale` turns products into logits of powers of
+    two.
+    """
+    GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    d = tl.arange(0, BLOCK_DIM)
+    is_dim = d < HEAD_DIM
+    is_element = (r < rows)[:, None] & is_dim[None, :]
+
+    # 64 bits for one number of the program, not for one of each thread, whose registers are full of sums.
+    first_head = b.to(tl.int64) * (rows // GROUP) * NUM_HEADS + kv * GROUP
+    at_row = (r // GROUP * NUM_HEADS + r % GROUP)[:, None] * HEAD_DIM + d[None, :]
+    q = tl.load(q_ptr + first_head * HEAD_DIM + at_row, mask=is_element, other=0.0)
+    length = tl.load(lengths_ptr + b)
+    most = tl.full([BLOCK_ROWS], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    found = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for first in range(0, length, BLOCK_KEYS):
+        at = b * capacity + first
+        keys = cache.load([at, kv * HEAD_DIM])
+        logits = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        logits = tl.where((first + tl.arange(0, BLOCK_KEYS) < length)[None, :], logits, -1e30)
+        highest = tl.maximum(most, tl.max(logits, 1) * scale)
+        weights = tl.exp2(logits * scale - highest[:, None])
+        shrink = tl.exp2(most - highest)
+        total = total * shrink + tl.sum(weights, 1)
+        values = cache.load([values_start + at, kv * HEAD_DIM])
+        found = tl.dot(weights.to(values.dtype), values, found * shrink[:, None], input_precision="ieee")
+        most = highest
+    attended = (found / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first_head * HEAD_DIM + at_row, attended, mask=is_element)
 
 
 @jit

@@ -79,6 +79,22 @@ if INTERPRETED:
             fused = fused._replace(attend_prefix=plain.attend_prefix, attend_suffix=plain.attend)
         assert selection.mismatches(fused, config(**sizes), CPU, dtype) == {}
 
+    @pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"num_kv_heads": 2, "head_dim": 20}], ids=str)
+    def test_tiled_attention_gives_what_plain_pytorch_gives(sizes):
+        fused = plain.REFERENCE._replace(attend_prefix=kernels.tiled_attend_prefix)
+        assert selection.mismatches(fused, config(**sizes), CPU, torch.float32) == {}
+
+    @pytest.mark.parametrize("length", [1, 16, 33, 80])
+    def test_tiled_attention_sees_the_valid_keys_and_no_other(length):
+        generator = torch.Generator().manual_seed(0)
+        q, cache = torch.randn(2, 80, 4, 16, generator=generator), torch.randn(2, 2, 90, 2, 16, generator=generator)
+        lengths = torch.tensor([length, 80], dtype=torch.int32)
+        expected = plain.attend_prefix(q, cache, lengths)
+        cache[:, 0, length:] = 1e3  # finite, as a cache is
+        cache[:, 1, 80:] = 1e3
+        actual = kernels.tiled_attend_prefix(q, cache, lengths)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("num_splits", [1, 3, 16])
     @pytest.mark.parametrize("length", [1, 33, 97])
     def test_attention_sees_the_valid_keys_and_no_other_however_they_are_shared_out(num_splits, length):
