@@ -120,13 +120,16 @@ def addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product.view(*x.shape[:-1], -1)
 
 
-def fused_rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
+def fused_rotate_into_cache(
+    qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor, *, num_heads_each: int = 1, num_warps: int = 1
+) -> Tensor:
+    """A program has `num_heads_each` heads of a token."""
     batch, tokens, _ = qkv.shape
     _, _, capacity, kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
     q = qkv.new_empty(batch, tokens, num_heads, head_dim)
     cos, sin = (table.contiguous() for table in rope)
-    _rotate_kernel[(batch * tokens, num_heads + 2 * kv_heads)](
+    _rotate_kernel[(batch * tokens, triton.cdiv(num_heads + 2 * kv_heads, num_heads_each))](
         qkv.contiguous(),
         cos,
         sin,
@@ -141,8 +144,10 @@ def fused_rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: T
         NUM_HEADS=num_heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
+        HEADS_EACH=num_heads_each,
+        BLOCK_HEADS=triton.next_power_of_2(num_heads_each),
         BLOCK=triton.next_power_of_2(head_dim // 2),
-        num_warps=1,
+        num_warps=num_warps,
     )
     return q
 
@@ -385,32 +390,40 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    HEADS_EACH: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one head of one token."""
-    token, head = tl.program_id(0), tl.program_id(1)
+    """One program: some heads of one token."""
+    HEADS: tl.constexpr = NUM_HEADS + 2 * KV_HEADS
+    token = tl.program_id(0)
     row, column = token // tokens, token % tokens
-    i = tl.arange(0, BLOCK)
-    inside = i < HALF
-    source = qkv_ptr + (token.to(tl.int64) * (NUM_HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + i
+    h, i = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK)
+    is_dim = i < HALF
+    at = (row * rope_batch_stride + column) * HALF + i
+    cos = tl.load(cos_ptr + at, mask=is_dim, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + at, mask=is_dim, other=0.0)[None, :]
+    position = tl.load(positions_ptr + row * position_batch_stride + column)
+
+    head = tl.program_id(1) * HEADS_EACH + h
+    inside = ((h < HEADS_EACH) & (head < HEADS))[:, None] & is_dim[None, :]
+    source = qkv_ptr + token.to(tl.int64) * (HEADS * 2 * HALF) + head[:, None] * (2 * HALF) + i[None, :]
     first, second = tl.load(source, mask=inside, other=0.0), tl.load(source + HALF, mask=inside, other=0.0)
-    if head < NUM_HEADS + KV_HEADS:
-        at = (row * rope_batch_stride + column) * HALF + i
-        cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
-        sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
-        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-        first = (wide_first * cos - wide_second * sin).to(first.dtype)
-        second = (wide_second * cos + wide_first * sin).to(second.dtype)
-    if head < NUM_HEADS:
-        target = q_ptr + (token.to(tl.int64) * NUM_HEADS + head) * (2 * HALF) + i
-    else:
-        position = tl.load(positions_ptr + row * position_batch_stride + column)
-        kv_head = (head - NUM_HEADS) % KV_HEADS
-        target = cache_ptr + ((row.to(tl.int64) * capacity + position) * KV_HEADS + kv_head) * (2 * HALF) + i
-        if head >= NUM_HEADS + KV_HEADS:
-            target += values_offset
-    tl.store(target, first, mask=inside)
-    tl.store(target + HALF, second, mask=inside)
+    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+    rotates = (head < NUM_HEADS + KV_HEADS)[:, None]
+    first = tl.where(rotates, (wide_first * cos - wide_second * sin).to(first.dtype), first)
+    second = tl.where(rotates, (wide_second * cos + wide_first * sin).to(second.dtype), second)
+
+    is_query = (head < NUM_HEADS)[:, None]
+    target = q_ptr + token.to(tl.int64) * (NUM_HEADS * 2 * HALF) + head[:, None] * (2 * HALF) + i[None, :]
+    tl.store(target, first, mask=inside & is_query)
+    tl.store(target + HALF, second, mask=inside & is_query)
+    kv_head = (head - NUM_HEADS) % KV_HEADS
+    offset = tl.where(head < NUM_HEADS + KV_HEADS, 0, values_offset) + kv_head * (2 * HALF)
+    entry = cache_ptr + (row.to(tl.int64) * capacity + position) * (KV_HEADS * 2 * HALF)
+    target = entry + offset[:, None] + i[None, :]
+    tl.store(target, first, mask=inside & ~is_query)
+    tl.store(target + HALF, second, mask=inside & ~is_query)
 
 
 @jit

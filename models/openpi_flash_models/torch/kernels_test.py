@@ -4,6 +4,7 @@ Triton decides when it is imported whether it interprets, so that these tests ru
 last one starts.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -78,6 +79,13 @@ if INTERPRETED:
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
             fused = fused._replace(attend_prefix=plain.attend_prefix, attend_suffix=plain.attend)
         assert selection.mismatches(fused, config(**sizes), CPU, dtype) == {}
+
+    @pytest.mark.parametrize("num_heads_each", [2, 3, 6])
+    def test_rotations_are_the_same_however_many_heads_a_program_has(num_heads_each):
+        rotate = functools.partial(kernels.fused_rotate_into_cache, num_heads_each=num_heads_each)
+        fused = plain.REFERENCE._replace(rotate_into_cache=rotate)
+        for sizes in ({}, {"num_kv_heads": 2, "head_dim": 16}):
+            assert selection.mismatches(fused, config(**sizes), CPU, torch.bfloat16) == {}
 
     @pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"num_kv_heads": 2, "head_dim": 20}], ids=str)
     def test_tiled_attention_gives_what_plain_pytorch_gives(sizes):
