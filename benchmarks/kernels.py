@@ -3,7 +3,8 @@
 Every line is one operation of one layer, called once with the weights of each layer, so that no cache holds them, all
 in one CUDA graph. Beside it, the same in plain PyTorch, and the rates that the fastest reached: of a flow step bytes
 count, of the prefix arithmetic. Attention of the flow steps is timed with its keys shared out to more and to fewer
-programs. Without a GPU it times a tiny model, to show that it runs.
+programs, that of the prefix in tiles of several sizes, and rotations with more and fewer heads of a token to a program.
+Without a GPU it times a tiny model, to show that it runs.
 """
 
 import argparse
@@ -19,12 +20,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from openpi_flash_cli.bench import NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
-from openpi_flash_models.config import GemmaConfig, ModelConfig
-from openpi_flash_models.torch.kernels import FUSED, fused_attend_suffix
+from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
+from openpi_flash_models.torch.kernels import (
+    FUSED,
+    PREFIX_TILES,
+    fused_attend_suffix,
+    fused_rotate_into_cache,
+    tiled_attend_prefix,
+)
 from openpi_flash_models.torch.ops import REFERENCE, Ops, rope_table
 from torch import Tensor
 
 SPLITS = (1, 2, 4, 8, 14, 28)
+ROTATIONS = ((2, 1), (2, 2), (5, 2), (5, 4), (10, 4))
+"""Heads of a token to a program, and warps."""
 REPLAYS = 10
 
 Call = Callable[[int], object]
@@ -78,9 +87,41 @@ def cases(config: ModelConfig, batch: int, device: torch.device) -> Iterator[Cas
     valid = prefix - PROMPT_BUCKET + PROMPT_TOKENS
     lengths = torch.full((batch,), valid, dtype=torch.int32, device=device)
     capacity = prefix + config.action_horizon
+    yield from vision_cases(config.vision, batch * NUM_VIEWS, device, layers=config.vlm.depth)
     yield from expert_cases("prefix", config.vlm, batch, prefix, lengths, capacity=capacity)
     horizon = config.action_horizon
     yield from expert_cases("step", config.expert, batch, horizon, lengths + horizon, capacity=capacity)
+
+
+def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, layers: int) -> Iterator[Case]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, y = random(views, vision.num_tokens, vision.width), random(views, vision.num_tokens, vision.width)
+    products = {
+        "qkv": (vision.width, 3 * vision.width),
+        "out": (vision.width, vision.width),
+        "fc1": (vision.width, vision.mlp_dim),
+        "fc2": (vision.mlp_dim, vision.width),
+    }
+    for name, (wide_in, wide_out) in products.items():
+        rows = random(views, vision.num_tokens, wide_in)
+        weights = [random(wide_out, wide_in) for _ in range(layers)]
+        biases = [random(wide_out) for _ in range(layers)]
+        costs = product_costs(views * vision.num_tokens, wide_in, wide_out)
+        # A case is timed before the next is made.
+        yield Case(f"vision {name}", {"cuBLAS": lambda i: F.linear(rows, weights[i], biases[i])}, *costs)  # noqa: B023
+        if name == "fc1":
+            yield both(
+                "vision fc1 and gelu",
+                lambda ops: lambda i: ops.linear_gelu(x, weights[i], biases[i]),  # noqa: B023
+                *costs,
+            )
+    yield both("vision add_layer_norm", lambda ops: lambda _: ops.add_layer_norm(x, y, None, None), 0, 4 * x.nbytes)
+    heads = random(views, vision.num_tokens, 3, vision.num_heads, vision.width // vision.num_heads)
+    q, k, v = heads.permute(2, 0, 3, 1, 4)
+    flops = 4.0 * q.numel() * vision.num_tokens
+    yield Case("vision attention", {"PyTorch": lambda _: F.scaled_dot_product_attention(q, k, v)}, flops, 4 * q.nbytes)
 
 
 def expert_cases(
@@ -119,17 +160,32 @@ def expert_cases(
     if part == "step":
         positions = positions + lengths[:, None] - tokens
     rope = rope_table(positions, gemma.head_dim)
-    yield both(
+    rotation = both(
         f"{part} rotate_into_cache",
         lambda ops: lambda i: ops.rotate_into_cache(qkv, rope, positions, caches[i]),
         0,
         2 * qkv.nbytes,
     )
+    if device.type == "cuda":
+        for each, warps in ROTATIONS:
+            rotate = functools.partial(fused_rotate_into_cache, num_heads_each=each, num_warps=warps)
+            rotation.calls[f"{each} heads, {warps} warps"] = lambda i, rotate=rotate: rotate(
+                qkv, rope, positions, caches[i]
+            )
+    yield rotation
 
     keys = int(lengths[0])
     flops, num_bytes = 4.0 * q.numel() * keys, 2 * q.nbytes + caches[0].nbytes * keys / capacity
     if part == "prefix":
-        yield both("prefix attention", lambda ops: lambda i: ops.attend_prefix(q, caches[i], lengths), flops, num_bytes)
+        attention = both(
+            "prefix attention", lambda ops: lambda i: ops.attend_prefix(q, caches[i], lengths), flops, num_bytes
+        )
+        if device.type == "cuda":
+            for tiles in PREFIX_TILES:
+                attend = functools.partial(tiled_attend_prefix, q, lengths=lengths, tiles=tiles)
+                name = f"{tiles.rows}x{tiles.keys} w{tiles.warps} s{tiles.stages}"
+                attention.calls[name] = lambda i, attend=attend: attend(cache=caches[i])
+        yield attention
         return
     calls: dict[str, Call] = {"plain": lambda i: REFERENCE.attend_suffix(q, caches[i], lengths)}
     if device.type == "cuda":
