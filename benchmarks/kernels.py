@@ -3,8 +3,8 @@
 Every line is one operation of one layer, called once with the weights of each layer, so that no cache holds them, all
 in one CUDA graph. Beside it, the same in plain PyTorch, and the rates that the fastest reached: of a flow step bytes
 count, of the prefix arithmetic. Attention of the flow steps is timed with its keys shared out to more and to fewer
-programs, that of the prefix in tiles of several sizes, and rotations with more and fewer heads of a token to a program.
-Without a GPU it times a tiny model, to show that it runs.
+programs, that of the prefix and of the views in tiles of several sizes, and rotations with more and fewer heads of a
+token to a program. Without a GPU it times a tiny model, to show that it runs.
 """
 
 import argparse
@@ -24,9 +24,12 @@ from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
 from openpi_flash_models.torch.kernels import (
     FUSED,
     PREFIX_TILES,
+    VIEW_TILES,
+    Tiles,
     fused_attend_suffix,
     fused_rotate_into_cache,
     tiled_attend_prefix,
+    tiled_attend_views,
 )
 from openpi_flash_models.torch.ops import REFERENCE, Ops, rope_table
 from torch import Tensor
@@ -118,10 +121,16 @@ def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, laye
                 *costs,
             )
     yield both("vision add_layer_norm", lambda ops: lambda _: ops.add_layer_norm(x, y, None, None), 0, 4 * x.nbytes)
-    heads = random(views, vision.num_tokens, 3, vision.num_heads, vision.width // vision.num_heads)
-    q, k, v = heads.permute(2, 0, 3, 1, 4)
-    flops = 4.0 * q.numel() * vision.num_tokens
-    yield Case("vision attention", {"PyTorch": lambda _: F.scaled_dot_product_attention(q, k, v)}, flops, 4 * q.nbytes)
+    qkv = random(views, vision.num_tokens, 3 * vision.width)
+    flops, num_bytes = 4.0 * x.numel() * vision.num_tokens, qkv.nbytes + x.nbytes
+    attention = both(
+        "vision attention", lambda ops: lambda _: ops.attend_views(qkv, vision.num_heads), flops, num_bytes
+    )
+    if device.type == "cuda":
+        for tiles in VIEW_TILES:
+            attend = functools.partial(tiled_attend_views, qkv, vision.num_heads, tiles=tiles)
+            attention.calls[name_of(tiles)] = lambda _, attend=attend: attend()
+    yield attention
 
 
 def expert_cases(
@@ -183,8 +192,7 @@ def expert_cases(
         if device.type == "cuda":
             for tiles in PREFIX_TILES:
                 attend = functools.partial(tiled_attend_prefix, q, lengths=lengths, tiles=tiles)
-                name = f"{tiles.rows}x{tiles.keys} w{tiles.warps} s{tiles.stages}"
-                attention.calls[name] = lambda i, attend=attend: attend(cache=caches[i])
+                attention.calls[name_of(tiles)] = lambda i, attend=attend: attend(cache=caches[i])
         yield attention
         return
     calls: dict[str, Call] = {"plain": lambda i: REFERENCE.attend_suffix(q, caches[i], lengths)}
@@ -193,6 +201,10 @@ def expert_cases(
             attend = functools.partial(fused_attend_suffix, q, lengths=lengths, num_splits=splits)
             calls[f"{splits} splits"] = lambda i, attend=attend: attend(cache=caches[i])
     yield Case("step attention", calls, flops, num_bytes)
+
+
+def name_of(tiles: Tiles) -> str:
+    return f"{tiles.rows}x{tiles.keys} w{tiles.warps} s{tiles.stages}"
 
 
 def product_costs(rows: int, wide_in: int, wide_out: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from openpi_flash_models.torch.ops import FP8, FP8_MAX, NORM_EPSILON, Ops, Rope, attend_prefix
+from openpi_flash_models.torch.ops import FP8, FP8_MAX, NORM_EPSILON, Ops, Rope, attend_prefix, attend_views
 
 try:
     import triton
@@ -56,6 +56,16 @@ PREFIX_TILES = (
     Tiles(128, 128, 8, 1),
 )
 """For attention of the prefix, those that a Hopper GPU has registers and shared memory for."""
+
+
+VIEW_TILES = (
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 4, 3),
+    Tiles(64, 128, 4, 2),
+    Tiles(128, 64, 8, 2),
+    Tiles(128, 128, 8, 2),
+)
+"""The same for attention of the vision tower."""
 
 
 def fused_rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -214,30 +224,75 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
 def hopper_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """`tiled_attend_prefix` on the GPUs for whose tensor cores and shared memory it is written; others' FlashAttention
     is PyTorch's."""
-    is_hopper = triton.runtime.driver.active.get_current_target().arch == HOPPER
-    attend = tiled_attend_prefix if is_hopper and q.dtype != torch.float32 else flash_attend_prefix
+    attend = tiled_attend_prefix if _is_for_hopper(q) else flash_attend_prefix
     return attend(q, cache, lengths)
 
 
+def hopper_attend_views(qkv: Tensor, num_heads: int) -> Tensor:
+    """`tiled_attend_views` on the same GPUs."""
+    attend = tiled_attend_views if _is_for_hopper(qkv) else attend_views
+    return attend(qkv, num_heads)
+
+
+def _is_for_hopper(x: Tensor) -> bool:
+    return x.dtype != torch.float32 and bool(triton.runtime.driver.active.get_current_target().arch == HOPPER)
+
+
 def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Tiles = PREFIX_TILES[0]) -> Tensor:
-    """FlashAttention whose rows are the (token, head) pairs that share a key head (Dao, FlashAttention-2)."""
     q = q.contiguous()
-    batch, tokens, num_heads, head_dim = q.shape
-    _, _, capacity, kv_heads, _ = cache.shape
+    _, batch, capacity, kv_heads, head_dim = cache.shape
+    out = torch.empty_like(q)
+    keys_values = cache.view(-1, kv_heads * head_dim)
+    _launch_tiled(q, keys_values, lengths, out, capacity, kv_heads, (0, 0), (batch * capacity, 0), tiles)
+    return out
+
+
+def tiled_attend_views(qkv: Tensor, num_heads: int, *, tiles: Tiles = VIEW_TILES[0]) -> Tensor:
+    views, tokens, width = qkv.shape
+    heads = qkv.contiguous().view(views, tokens, 3 * num_heads, -1)
+    out = qkv.new_empty(views, tokens, num_heads, heads.shape[-1])
+    columns = width // 3
+    _launch_tiled(
+        heads, heads.flatten(2).flatten(0, 1), None, out, tokens, num_heads, (0, columns), (0, 2 * columns), tiles
+    )
+    return out.flatten(2)
+
+
+def _launch_tiled(
+    q: Tensor,
+    keys_values: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    capacity: int,
+    kv_heads: int,
+    first_key: tuple[int, int],
+    first_value: tuple[int, int],
+    tiles: Tiles,
+) -> None:
+    """FlashAttention whose rows are the (token, head) pairs that share a key head (Dao, FlashAttention-2).
+
+    Args:
+        q: (B, T, at least N, h).
+        keys_values: a matrix, whose rows are the B times `capacity` keys and values, and that has at `first_key` and
+            at `first_value` the first element of the first of each.
+        lengths: None if all keys are valid.
+        out: (B, T, N, h).
+    """
+    batch, tokens, num_heads, head_dim = out.shape
     rows = tokens * (num_heads // kv_heads)
     if q.dtype == torch.float32:
         tiles = Tiles(32, 16, 8, 2)  # as in `fused_attend_suffix`
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    keys_values = cache.view(-1, kv_heads * head_dim)
-    out = torch.empty_like(q)
-    _attend_prefix_kernel[(triton.cdiv(rows, tiles.rows), batch * kv_heads)](
+    _tiled_attend_kernel[(triton.cdiv(rows, tiles.rows), batch * kv_heads)](
         q,
         TensorDescriptor(keys_values, [*keys_values.shape], [*keys_values.stride()], [tiles.keys, block_dim]),
         lengths,
         out,
         rows,
+        q.shape[2] * head_dim,
         capacity,
-        batch * capacity,
+        *first_key,
+        *first_value,
         head_dim**-0.5 * LOG2_E,
         NUM_HEADS=num_heads,
         KV_HEADS=kv_heads,
@@ -248,7 +303,6 @@ def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Til
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return out
 
 
 def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
@@ -299,6 +353,7 @@ FUSED = Ops(
     fused_geglu,
     flash_attend_prefix,
     fused_attend_suffix,
+    attend_views,
     fused_quantise_rows,
 )
 
@@ -514,14 +569,18 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _attend_prefix_kernel(  # type: ignore[no-untyped-def]
+def _tiled_attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
-    cache,
+    keys_values,
     lengths_ptr,
     out_ptr,
     rows,
+    q_stride,
     capacity,
-    values_start,
+    key_row,
+    key_column,
+    value_row,
+    value_column,
     scale,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -532,9 +591,9 @@ def _attend_prefix_kernel(  # type: ignore[no-untyped-def]
 ):
     """One program: a block of the rows (token, head of the group) of one key head, against all of its keys.
 
-    `cache` is a descriptor of (2·B·C, K·h): a block is fetched by its first element, past the valid keys too, so that
-    no thread holds addresses. A key that is not valid has weight 0. `scale` turns products into logits of powers of
-    two.
+    `keys_values` is a descriptor: a block is fetched by its first element, past the valid keys and the head too, so
+    that no thread holds addresses. A key that is not valid has weight 0. `scale` turns products into logits of powers
+    of two.
     """
     GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
     r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -544,27 +603,29 @@ def _attend_prefix_kernel(  # type: ignore[no-untyped-def]
     is_element = (r < rows)[:, None] & is_dim[None, :]
 
     # 64 bits for one number of the program, not for one of each thread, whose registers are full of sums.
-    first_head = b.to(tl.int64) * (rows // GROUP) * NUM_HEADS + kv * GROUP
-    at_row = (r // GROUP * NUM_HEADS + r % GROUP)[:, None] * HEAD_DIM + d[None, :]
-    q = tl.load(q_ptr + first_head * HEAD_DIM + at_row, mask=is_element, other=0.0)
-    length = tl.load(lengths_ptr + b)
+    first_token = b.to(tl.int64) * (rows // GROUP)
+    head_at = ((kv * GROUP + r % GROUP) * HEAD_DIM)[:, None] + d[None, :]
+    q_at = (r // GROUP * q_stride)[:, None] + head_at
+    q = tl.load(q_ptr + first_token * q_stride + q_at, mask=is_element, other=0.0)
+    length = capacity if lengths_ptr is None else tl.load(lengths_ptr + b)
     most = tl.full([BLOCK_ROWS], -1e30, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     found = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for first in range(0, length, BLOCK_KEYS):
         at = b * capacity + first
-        keys = cache.load([at, kv * HEAD_DIM])
+        keys = keys_values.load([key_row + at, key_column + kv * HEAD_DIM])
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee")
         logits = tl.where((first + tl.arange(0, BLOCK_KEYS) < length)[None, :], logits, -1e30)
         highest = tl.maximum(most, tl.max(logits, 1) * scale)
         weights = tl.exp2(logits * scale - highest[:, None])
         shrink = tl.exp2(most - highest)
         total = total * shrink + tl.sum(weights, 1)
-        values = cache.load([values_start + at, kv * HEAD_DIM])
+        values = keys_values.load([value_row + at, value_column + kv * HEAD_DIM])
         found = tl.dot(weights.to(values.dtype), values, found * shrink[:, None], input_precision="ieee")
         most = highest
     attended = (found / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + first_head * HEAD_DIM + at_row, attended, mask=is_element)
+    out_at = (r // GROUP * (NUM_HEADS * HEAD_DIM))[:, None] + head_at
+    tl.store(out_ptr + first_token * (NUM_HEADS * HEAD_DIM) + out_at, attended, mask=is_element)
 
 
 @jit

@@ -89,7 +89,7 @@ def test_every_kernel_compiles_and_fits(compiled, monkeypatch, tmp_path, case):
     monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver(case.capability))
     run_full_size(case)
     assert not misfits(compiled, case.capability, tmp_path)
-    unused = {"_attend_prefix_kernel"} if case.quantised else {"_attend_prefix_kernel", "_quantise_kernel"}
+    unused = {"_tiled_attend_kernel"} if case.quantised else {"_tiled_attend_kernel", "_quantise_kernel"}
     assert {kernel.name for kernel in compiled.values()} == set(KERNELS) - unused
 
 
@@ -101,7 +101,20 @@ def test_attention_of_the_prefix_compiles_and_fits_however_it_is_divided(compile
         q = torch.empty(1, 816, sizes.num_heads, sizes.head_dim, dtype=torch.bfloat16)
         cache = torch.empty(2, 1, 866, sizes.num_kv_heads, sizes.head_dim, dtype=torch.bfloat16)
         kernels.tiled_attend_prefix(q, cache, torch.empty(1, dtype=torch.int32), tiles=tiles)
-    assert not misfits(compiled, kernels.HOPPER, tmp_path)
+    assert_is_for_hopper(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("tiles", kernels.VIEW_TILES, ids=str)
+def test_attention_of_the_views_compiles_and_fits_however_it_is_divided(compiled, monkeypatch, tmp_path, tiles):
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver(kernels.HOPPER))
+    sizes = ModelConfig().vision
+    qkv = torch.empty(3, sizes.num_tokens, 3 * sizes.width, dtype=torch.bfloat16, device="meta")
+    kernels.tiled_attend_views(qkv, sizes.num_heads, tiles=tiles)
+    assert_is_for_hopper(compiled, tmp_path)
+
+
+def assert_is_for_hopper(compiled, folder):
+    assert not misfits(compiled, kernels.HOPPER, folder)
     (kernel,) = compiled.values()
     assert "wgmma.mma_async" in kernel.asm["ptx"]
 

@@ -38,6 +38,7 @@ class Ops(NamedTuple):
         attend_prefix: (q (B, T, N, h), cache, lengths (B,) int32) to (B, T, N, h): each row attends to the first
             `lengths` entries of its cache, of which there are at most T.
         attend_suffix: the same, for few queries and however many entries.
+        attend_views: (qkv (V, T, 3·N·h), N) to (V, T, N·h): every token of a view attends to all of that view.
         quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
     """
 
@@ -50,6 +51,7 @@ class Ops(NamedTuple):
     geglu: Callable[[Tensor], Tensor]
     attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend_suffix: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend_views: Callable[[Tensor, int], Tensor]
     quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -126,6 +128,12 @@ def attend(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return heads.reshape(batch, tokens, num_heads, head_dim)
 
 
+def attend_views(qkv: Tensor, num_heads: int) -> Tensor:
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
@@ -142,5 +150,6 @@ REFERENCE = Ops(
     geglu,
     attend_prefix,
     attend,
+    attend_views,
     quantise_rows,
 )

@@ -74,6 +74,7 @@ def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ite
     yield "add_layer_norm", [x, y, factor, shift]
     weight = random(vision.mlp_dim, vision.width) * vision.width**-0.5
     yield "linear_gelu", [x, weight, random(vision.mlp_dim)]
+    yield "attend_views", [random(2, 20, 3 * vision.width), vision.num_heads]
     for mlp_dim in {config.vlm.mlp_dim, config.expert.mlp_dim}:
         yield "geglu", [random(2, 3, 2 * mlp_dim)]
     capacity, lengths = 40, torch.tensor([40, 33], dtype=torch.int32, device=device)
