@@ -2,9 +2,10 @@
 
 Every line is one operation of one layer, called once with the weights of each layer, so that no cache holds them, all
 in one CUDA graph. Beside it, the same in plain PyTorch, and the rates that the fastest reached: of a flow step bytes
-count, of the prefix arithmetic. Attention of the flow steps is timed with its keys shared out to more and to fewer
-programs, that of the prefix and of the views in tiles of several sizes, and rotations with more and fewer heads of a
-token to a program. Without a GPU it times a tiny model, to show that it runs.
+count, of the prefix arithmetic. The kernels of a flow step's layer are timed one after the other, as they overlap, each
+shared out to programs in other ways in turn (TILES). Attention of the prefix and of the views is timed in tiles of
+several sizes, rotations with more and fewer heads of a token to a program. Without a GPU it times a tiny model, to show
+that it runs.
 """
 
 import argparse
@@ -21,22 +22,69 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from openpi_flash_cli.bench import NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
+from openpi_flash_models.torch import kernels
 from openpi_flash_models.torch.kernels import (
     FUSED,
     PREFIX_TILES,
     VIEW_TILES,
     Tiles,
-    fused_attend_suffix,
     fused_rotate_into_cache,
     tiled_attend_prefix,
     tiled_attend_views,
 )
-from openpi_flash_models.torch.ops import REFERENCE, Ops, rope_table
+from openpi_flash_models.torch.ops import REFERENCE, Norm, Ops, Span, Stream, rope_table
 from torch import Tensor
 
-SPLITS = (1, 2, 4, 8, 14, 28)
 ROTATIONS = ((2, 1), (2, 2), (5, 2), (5, 4), (10, 4))
 """Heads of a token to a program, and warps."""
+
+TILES: dict[str, list[dict[str, int]]] = {
+    "all": [{"OVERLAP": False, "launch_pdl": False}, {"PREFETCH": False}],
+    "norm_qkv": [
+        {"num_stages": 4},
+        {"num_stages": 5},
+        {"BLOCK_WIDTH": 256},
+        {"BLOCK_WIDTH": 64, "num_stages": 6},
+        {"BLOCK_OUT": 32, "num_stages": 4},
+        {"num_warps": 8, "num_stages": 4},
+    ],
+    "attend_suffix": [
+        *({"splits": splits} for splits in (4, 7, 10, 14, 28)),
+        *({"BLOCK_KEYS": 64, "num_warps": warps, "splits": splits} for warps in (4, 8) for splits in (4, 7, 14)),
+        {"num_stages": 3, "splits": 10},
+        {"BLOCK_ROWS": 32, "splits": 7},
+        {"BLOCK_ROWS": 32, "BLOCK_KEYS": 64, "splits": 7},
+        {"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "num_warps": 8, "splits": 14},
+    ],
+    "out": [
+        {"num_stages": 5},
+        {"BLOCK_WIDTH": 256},
+        {"num_warps": 8, "num_stages": 4},
+        {"BLOCK_OUT": 32, "SPLITS": 2, "num_stages": 4},
+        {"BLOCK_OUT": 32, "SPLITS": 4, "num_stages": 4},
+        {"SPLITS": 2, "num_stages": 4},
+    ],
+    "norm_geglu": [
+        {"num_stages": 4},
+        {"num_stages": 5},
+        {"BLOCK_WIDTH": 256},
+        {"BLOCK_WIDTH": 64, "num_stages": 6},
+        {"BLOCK_OUT": 16, "num_stages": 4},
+        {"BLOCK_OUT": 64},
+        {"num_warps": 8, "num_stages": 4},
+    ],
+    "down": [
+        {"num_stages": 5},
+        {"BLOCK_WIDTH": 256},
+        {"num_warps": 8, "num_stages": 4},
+        {"BLOCK_OUT": 32, "SPLITS": 2, "num_stages": 4},
+        {"BLOCK_OUT": 32, "SPLITS": 4, "num_stages": 4},
+        {"SPLITS": 2, "num_stages": 4},
+        {"SPLITS": 4, "num_stages": 4},
+    ],
+}
+"""How else each kernel of a layer could be shared out: what differs from what kernels.py chooses."""
+
 REPLAYS = 10
 
 Call = Callable[[int], object]
@@ -195,12 +243,55 @@ def expert_cases(
                 attention.calls[name_of(tiles)] = lambda i, attend=attend: attend(cache=caches[i])
         yield attention
         return
-    calls: dict[str, Call] = {"plain": lambda i: REFERENCE.attend_suffix(q, caches[i], lengths)}
+    yield layer_case(gemma, x, caches, Span(positions, lengths, rope))
+
+
+def layer_case(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) -> Case:
+    """All of an expert's layer, from one to the next."""
+    device, layers = x.device, gemma.depth
+    width, heads_width = gemma.width, gemma.num_heads * gemma.head_dim
+    wide = heads_width + 2 * gemma.num_kv_heads * gemma.head_dim
+
+    def matrices(size_out: int, size_in: int) -> list[Tensor]:
+        return [torch.randn(size_out, size_in, device=device).to(x.dtype) * size_in**-0.5 for _ in range(layers)]
+
+    qkv, out, gate_up, down = (
+        matrices(*shape)
+        for shape in ((wide, width), (width, heads_width), (2 * gemma.mlp_dim, width), (width, gemma.mlp_dim))
+    )
+    norms = [
+        Norm(*torch.rand(3, width, device=device), torch.rand(size, device=device))
+        for size in (wide, 2 * gemma.mlp_dim)
+    ]
+
+    def layer(ops: Ops, tiles: dict[str, dict[str, int]], many_rows: int = 1 << 20) -> Call:
+        streams: list[Stream] = []
+
+        def call(i: int) -> object:
+            kernels.MANY_ROWS = many_rows
+            if i == 0:
+                streams[:] = [ops.stream(x, norms[0])]
+            (stream,) = streams
+            q = ops.norm_qkv(stream, norms[0], qkv[i], span, caches[i], **tiles.get("norm_qkv", {}))
+            attended = ops.attend_suffix(q, caches[i], span.lengths, **tiles.get("attend_suffix", {})).flatten(2)
+            stream = ops.project_add(attended, out[i], stream, norms[0].gate, norms[1], **tiles.get("out", {}))
+            inner = ops.norm_geglu(stream, norms[1], gate_up[i], **tiles.get("norm_geglu", {}))
+            streams[:] = [ops.project_add(inner, down[i], stream, norms[1].gate, norms[0], **tiles.get("down", {}))]
+            return streams
+
+        return call
+
+    calls = {"plain": layer(REFERENCE, {})}
     if device.type == "cuda":
-        for splits in SPLITS:
-            attend = functools.partial(fused_attend_suffix, q, lengths=lengths, num_splits=splits)
-            calls[f"{splits} splits"] = lambda i, attend=attend: attend(cache=caches[i])
-    yield Case("step attention", calls, flops, num_bytes)
+        calls |= {"fused": layer(FUSED, {}), "with cuBLAS": layer(FUSED, {}, 0)}
+        for name, variants in TILES.items():
+            for tiles in variants:
+                names = [each for each in TILES if each not in ("all", "attend_suffix")] if name == "all" else [name]
+                shown = ",".join(f"{key}={value}" for key, value in tiles.items())
+                calls[f"{name}({shown})"] = layer(FUSED, dict.fromkeys(names, tiles))
+    products = [product_costs(x.numel() // width, len(each[0][0]), len(each[0])) for each in (qkv, out, gate_up, down)]
+    flops, num_bytes = map(sum, zip(*products, strict=True))
+    return Case("step layer", calls, flops, num_bytes)
 
 
 def name_of(tiles: Tiles) -> str:

@@ -6,7 +6,7 @@ import torch
 from openpi_flash_models import flow
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.backend import TorchBackend
-from openpi_flash_models.torch.model import Context, standardise
+from openpi_flash_models.torch.model import Context, Step, standardise
 
 
 def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.ndarray) -> dict[str, np.ndarray]:
@@ -34,7 +34,7 @@ def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.
         embeddings = torch.from_numpy(time_embeddings)
         schedule, context = model.schedule(embeddings), model.prepare(inputs)
         actions = model.embed_actions(inputs.noise, schedule[0])
-        actions_out = model.suffix_forward(actions, schedule[0].modulation, context)
+        actions_out = model.suffix_forward(actions, schedule[0], context)
         if config.is_pi05:
             found["adarms_cond_t1"] = model.timing.condition(embeddings[:1]).expand(len(batch.tokens), -1)
             found["suffix_embeds_t1"], found["suffix_out_t1"] = actions, actions_out
@@ -42,7 +42,7 @@ def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.
             state = model.embed_state(inputs.state)
             # Once more, in a cache in which the actions already are: the state token must not see them.
             span = model.suffix_span(context.span.lengths - config.suffix_len, 1)
-            state_out = model.suffix_forward(state, None, Context(context.cache, span))
+            state_out = model.suffix_forward(state, Step(), Context(context.cache, span))
             found["suffix_embeds_t1"] = torch.cat([state, actions], 1)
             found["suffix_out_t1"] = torch.cat([state_out, actions_out], 1)
         x, dt = [inputs.noise], float(flow.step_size(len(time_embeddings)))

@@ -7,13 +7,27 @@ those of ops.py.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
-from openpi_flash_models.torch.ops import FP8, FP8_MAX, NORM_EPSILON, Ops, Rope, attend_prefix, attend_views
+from openpi_flash_models.torch.ops import (
+    FP8,
+    FP8_MAX,
+    NORM_EPSILON,
+    Norm,
+    Ops,
+    Rope,
+    Span,
+    Stream,
+    attend_prefix,
+    attend_views,
+)
 
 try:
     import triton
@@ -22,6 +36,12 @@ try:
 except ImportError:  # there is none for this platform: the reference serves
     triton = None
 
+
+MANY_ROWS = 64
+"""Tokens of a batch above which cuBLAS and a kernel behind it are faster than one kernel of ours for both."""
+
+OVERLAP_CAPABILITY = 90
+"""Of GPUs on which a kernel can begin before the one before it has ended (programmatic dependent launch)."""
 
 HOPPER = 90
 """Compute capability of H100 and H200."""
@@ -171,22 +191,27 @@ def fused_geglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits: int = 8) -> Tensor:
-    """The keys of a row are shared out to `num_splits` programs, since a few queries alone would leave most of a GPU
-    idle; a second kernel joins what they found (Dao et al., Flash-Decoding)."""
+def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, splits: int = 0, **tiles: int) -> Tensor:
+    """The keys of a row are shared out to `splits` programs, since a few queries alone would leave most of a GPU idle;
+    a second kernel joins what they found (Dao et al., Flash-Decoding)."""
     q = q.contiguous()
     batch, tokens, num_heads, head_dim = q.shape
     _, _, capacity, kv_heads, _ = cache.shape
     rows = tokens * (num_heads // kv_heads)
-    shares = q.new_empty(num_splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
-    weights = q.new_empty(2, num_splits, batch, kv_heads, rows, dtype=torch.float32)
-    # float32 is multiplied outside of the tensor cores: the tiles of these would not fit into registers, nor into the
-    # shared memory of a consumer's GPU.
-    block_rows, block_keys, num_warps = (32, 16, 8) if q.dtype == torch.float32 else (64, 32, 4)
-    share = triton.cdiv(triton.cdiv(capacity, block_keys), num_splits) * block_keys
+    tile = {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
+    if q.dtype == torch.float32:
+        # Multiplied outside of the tensor cores: the tiles of these would not fit into registers, nor into the shared
+        # memory of a consumer's GPU.
+        tile |= {"BLOCK_ROWS": 32, "BLOCK_KEYS": 16, "num_warps": 8}
+    tile |= tiles
+    splits = splits or default_splits(batch)
+    shares = q.new_empty(splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
+    weights = q.new_empty(2, splits, batch, kv_heads, rows, dtype=torch.float32)
+    share = triton.cdiv(triton.cdiv(capacity, tile["BLOCK_KEYS"]), splits) * tile["BLOCK_KEYS"]
     sizes = {"NUM_HEADS": num_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    _attend_kernel[(triton.cdiv(rows, block_rows), batch * kv_heads, num_splits)](
+    overlap = _overlap(q)
+    _attend_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]), batch * kv_heads, splits)](
         q,
         cache,
         lengths,
@@ -197,13 +222,11 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
         batch,
         cache[0].numel(),
         share,
-        head_dim**-0.5,
+        head_dim**-0.5 * math.log2(math.e),
         **sizes,
-        BLOCK_ROWS=block_rows,
-        BLOCK_KEYS=block_keys,
         BLOCK_DIM=block_dim,
-        num_warps=num_warps,
-        num_stages=2,
+        **tile,
+        **overlap,
     )
     out = torch.empty_like(q)
     _join_kernel[(batch * kv_heads * rows,)](
@@ -213,12 +236,18 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, num_splits
         rows,
         batch,
         **sizes,
-        SPLITS=num_splits,
-        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        SPLITS=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
         BLOCK_DIM=block_dim,
         num_warps=1,
+        **overlap,
     )
     return out
+
+
+def default_splits(batch: int) -> int:
+    """More robots at a time keep a GPU busy with fewer shares of each."""
+    return max(4, 14 // batch)
 
 
 def hopper_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
@@ -332,6 +361,155 @@ def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return cast(Tensor, attended).view(batch, tokens, num_heads, head_dim)
 
 
+def fused_stream(x: Tensor, norm: Norm) -> Stream:
+    x, factor = x.contiguous(), norm.factor
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    if rows > MANY_ROWS:
+        return Stream(x, fused_rms_norm(x, factor, norm.shift))
+    scaled, squares = torch.empty_like(x), x.new_empty(rows, 1, dtype=torch.float32)
+    _stream_kernel[(rows,)](
+        x,
+        x if factor is None else factor,
+        scaled,
+        squares,
+        width,
+        FACTOR=factor is not None,
+        BLOCK=triton.next_power_of_2(width),
+        **_overlap(x),
+    )
+    return Stream(x, scaled, squares)
+
+
+def fused_norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, **tiles: int) -> Tensor:
+    x, scaled, squares = stream
+    assert scaled is not None  # noqa: S101 - of a stream of ours
+    if squares is None:
+        return fused_rotate_into_cache(F.linear(scaled, weight), span.rope, span.positions, cache)
+    batch, tokens, width = x.shape
+    _, _, capacity, kv_heads, head_dim = cache.shape
+    num_heads = len(weight) // head_dim - 2 * kv_heads
+    q = x.new_empty(batch, tokens, num_heads, head_dim)
+    positions, (cos, sin) = span.positions.contiguous(), (table.contiguous() for table in span.rope)
+    tile = _tiles(x, outputs=16) | tiles
+    block = min(tile.pop("BLOCK_OUT"), triton.next_power_of_2(head_dim // 2))
+    parts = triton.cdiv(head_dim // 2, block)
+    _norm_qkv_kernel[(triton.cdiv(batch * tokens, tile["BLOCK_ROWS"]), (num_heads + 2 * kv_heads) * parts)](
+        scaled,
+        squares,
+        x if norm.product is None else norm.product,
+        weight,
+        cos,
+        sin,
+        positions,
+        q,
+        cache,
+        batch * tokens,
+        tokens,
+        width,
+        capacity,
+        tokens if len(cos) > 1 else 0,
+        tokens if len(positions) > 1 else 0,
+        batch * capacity * kv_heads * head_dim,
+        EPSILON=NORM_EPSILON,
+        SQUARES=squares.shape[1],
+        BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
+        PRODUCT=norm.product is not None,
+        NUM_HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HALF=head_dim // 2,
+        PARTS=parts,
+        BLOCK_OUT=block,
+        **tile,
+    )
+    return q
+
+
+def fused_norm_geglu(stream: Stream, norm: Norm, weight: Tensor, **tiles: int) -> Tensor:
+    x, scaled, squares = stream
+    assert scaled is not None  # noqa: S101 - of a stream of ours
+    if squares is None:
+        return fused_geglu(F.linear(scaled, weight))
+    width, inner, rows = x.shape[-1], len(weight) // 2, len(squares)
+    out = x.new_empty(*x.shape[:-1], inner)
+    tile = _tiles(x, outputs=32) | tiles
+    _norm_geglu_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(inner, tile["BLOCK_OUT"]))](
+        scaled,
+        squares,
+        x if norm.product is None else norm.product,
+        weight,
+        out,
+        rows,
+        width,
+        inner,
+        EPSILON=NORM_EPSILON,
+        SQUARES=squares.shape[1],
+        BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
+        PRODUCT=norm.product is not None,
+        **tile,
+    )
+    return out
+
+
+def fused_project_add(
+    y: Tensor, weight: Tensor, stream: Stream, gate: Tensor | None, norm: Norm, **tiles: int
+) -> Stream:
+    x, y, factor = stream.x, y.contiguous(), norm.factor
+    width, inner, rows = x.shape[-1], y.shape[-1], x.numel() // x.shape[-1]
+    if rows > MANY_ROWS:
+        return Stream(*fused_add_rms_norm(x, F.linear(y, weight), gate, factor, norm.shift))
+    tile = _tiles(x, outputs=16) | tiles
+    splits, parts = tile.pop("SPLITS", 1), triton.cdiv(width, tile["BLOCK_OUT"])
+    blocks = triton.cdiv(rows, tile["BLOCK_ROWS"])
+    out, scaled, squares = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, parts, dtype=torch.float32)
+    partial, counters = squares, squares
+    if splits > 1:
+        partial, counters = x.new_empty(splits, rows, width, dtype=torch.float32), _counters(x.device, blocks * parts)
+    _project_add_kernel[(blocks, parts, splits)](
+        y,
+        weight,
+        x,
+        x if gate is None else gate,
+        x if factor is None else factor,
+        out,
+        scaled,
+        squares,
+        partial,
+        counters,
+        rows,
+        width,
+        inner,
+        triton.cdiv(triton.cdiv(inner, tile["BLOCK_WIDTH"]), splits) * tile["BLOCK_WIDTH"],
+        GATE=gate is not None,
+        FACTOR=factor is not None,
+        SPLITS=splits,
+        **tile,
+    )
+    return Stream(out, scaled, squares)
+
+
+def _tiles(x: Tensor, *, outputs: int) -> dict[str, int]:
+    """How a product is shared out to programs: rows, outputs, and how much of a row at a time."""
+    tiles = {"BLOCK_ROWS": 64, "BLOCK_OUT": outputs, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 3}
+    if x.dtype == torch.float32:  # multiplied outside of the tensor cores, in registers
+        tiles |= {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_WIDTH": 32, "num_stages": 2}
+    return tiles | {"PREFETCH": x.device.type != "cpu"} | _overlap(x)
+
+
+def _overlap(x: Tensor) -> dict[str, bool]:
+    """Whether a kernel begins while the one before it ends, and how its launch is told."""
+    if x.device.type == "cpu":
+        return {"OVERLAP": False}
+    target = triton.runtime.driver.active.get_current_target()
+    overlaps = target.backend == "cuda" and target.arch >= OVERLAP_CAPABILITY
+    return {"OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
+
+
+@functools.cache
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Zeros, one for each block of outputs that several programs make; the last of them sets it back."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
 def fused_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     rows, width = x.shape
@@ -355,7 +533,14 @@ FUSED = Ops(
     fused_attend_suffix,
     attend_views,
     fused_quantise_rows,
+    fused_stream,
+    fused_norm_qkv,
+    fused_norm_geglu,
+    fused_project_add,
 )
+
+CACHE_LINE = 64 if triton is None else tl.constexpr(64)
+"""Elements of two bytes in 128 bytes."""
 
 jit: Callable[[Callable[..., Any]], Any] = (lambda function: function) if triton is None else triton.jit
 
@@ -490,9 +675,7 @@ def _geglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):  # type: ig
     source = gate_up_ptr + row * 2 * width + columns
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + width, mask=inside, other=0.0)
-    # gelu in its tanh form; tanh(z) = 2·sigmoid(2z) - 1, so that 0.5·(1 + tanh(z)) = sigmoid(2z).
-    activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    product = activated.to(up.dtype).to(tl.float32) * up.to(tl.float32)
+    product = _gelu(gate).to(up.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * width + columns, product.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -515,11 +698,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program: a block of the rows (token, head of the group) of one key head, against one share of the keys.
 
-    Writes the sum of values weighted by exp(logit - most), `most` being the largest logit, and `most` and the sum of
-    the weights.
+    Writes the sum of values weighted by 2^(logit - most), logits being to base 2 and `most` the largest of them, `most`
+    itself, and the sum of the weights.
     """
     GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
     r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -528,6 +712,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     d = tl.arange(0, BLOCK_DIM)
     is_row, is_dim = r < rows, d < HEAD_DIM
 
+    _wait(OVERLAP)
     token_head = (b * (rows // GROUP) + r // GROUP) * NUM_HEADS + kv * GROUP + r % GROUP
     q = tl.load(
         q_ptr + token_head[:, None].to(tl.int64) * HEAD_DIM + d[None, :],
@@ -551,8 +736,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         logits = tl.where(is_key[None, :], logits, -1e30)
         highest = tl.maximum(most, tl.max(logits, 1))
-        weights = tl.where(is_key[None, :], tl.exp(logits - highest[:, None]), 0.0)
-        shrink = tl.exp(most - highest)
+        weights = tl.where(is_key[None, :], tl.exp2(logits - highest[:, None]), 0.0)
+        shrink = tl.exp2(most - highest)
         values = tl.load(values_ptr + at, mask=inside, other=0.0)
         found = found * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
@@ -641,6 +826,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program: what the shares of the keys gave one row, as one attention."""
     GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
@@ -650,9 +836,10 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     s, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DIM)
     is_split, is_dim = s < SPLITS, d < HEAD_DIM
     per_split = batch * KV_HEADS * rows
+    _wait(OVERLAP)
     most = tl.load(weights_ptr + s * per_split + row, mask=is_split, other=-1e30)
     totals = tl.load(weights_ptr + (SPLITS + s) * per_split + row, mask=is_split, other=0.0)
-    shrink = tl.exp(most - tl.max(most, 0))
+    shrink = tl.exp2(most - tl.max(most, 0))
     found = tl.load(
         shares_ptr + (s[:, None] * per_split + row).to(tl.int64) * HEAD_DIM + d[None, :],
         mask=is_split[:, None] & is_dim[None, :],
@@ -673,3 +860,278 @@ def _quantise_kernel(x_ptr, quantised_ptr, scale_ptr, width, LARGEST: tl.constex
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LARGEST
     tl.store(scale_ptr + row, scale)
     tl.store(quantised_ptr + row * width + columns, (x / scale).to(quantised_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
+    scaled_ptr,
+    squares_ptr,
+    product_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    q_ptr,
+    cache_ptr,
+    rows,
+    tokens,
+    width,
+    capacity,
+    rope_batch_stride,
+    position_batch_stride,
+    values_offset,
+    EPSILON: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK_SQUARES: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: for a block of tokens, some elements of the first half of a head and those that turn with them."""
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    i = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_row, inside = r < rows, i < HALF
+    out = head * (2 * HALF) + i
+    if PREFETCH:
+        _prefetch_rows(weight_ptr, out, inside, 0, width, width)
+        _prefetch_rows(weight_ptr + HALF * width, out, inside, 0, width, width)
+    _wait(OVERLAP)
+    first = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    second = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    rows_at = r[:, None].to(tl.int64) * width
+    for start in range(0, width, BLOCK_WIDTH):
+        k = start + tl.arange(0, BLOCK_WIDTH)
+        is_summed = (k < width)[None, :]
+        x = tl.load(scaled_ptr + rows_at + k[None, :], mask=is_row[:, None] & is_summed, other=0.0)
+        at = out[:, None] * width + k[None, :]
+        is_weight = inside[:, None] & is_summed
+        weight = tl.load(weight_ptr + at, mask=is_weight, other=0.0)
+        first = tl.dot(x, tl.trans(weight), first, input_precision="ieee")
+        weight = tl.load(weight_ptr + HALF * width + at, mask=is_weight, other=0.0)
+        second = tl.dot(x, tl.trans(weight), second, input_precision="ieee")
+    scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
+    first *= scale
+    second *= scale
+    if PRODUCT:
+        first += tl.load(product_ptr + out, mask=inside, other=0.0)[None, :]
+        second += tl.load(product_ptr + out + HALF, mask=inside, other=0.0)[None, :]
+    row, column = r // tokens, r % tokens
+    within = is_row[:, None] & inside[None, :]
+    if head < NUM_HEADS + KV_HEADS:
+        at = (row * rope_batch_stride + column)[:, None] * HALF + i[None, :]
+        cos = tl.load(cos_ptr + at, mask=within, other=0.0)
+        sin = tl.load(sin_ptr + at, mask=within, other=0.0)
+        turned = first * cos - second * sin
+        second = second * cos + first * sin
+        first = turned
+    if head < NUM_HEADS:
+        target = q_ptr + (r.to(tl.int64) * NUM_HEADS + head)[:, None] * (2 * HALF) + i[None, :]
+    else:
+        position = tl.load(positions_ptr + row * position_batch_stride + column, mask=is_row, other=0)
+        kv_head = (head - NUM_HEADS) % KV_HEADS
+        place = (row.to(tl.int64) * capacity + position) * KV_HEADS + kv_head
+        target = cache_ptr + place[:, None] * (2 * HALF) + i[None, :]
+        if head >= NUM_HEADS + KV_HEADS:
+            target += values_offset
+    tl.store(target, first.to(q_ptr.dtype.element_ty), mask=within)
+    tl.store(target + HALF, second.to(q_ptr.dtype.element_ty), mask=within)
+
+
+@jit
+def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
+    scaled_ptr,
+    squares_ptr,
+    product_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    width,
+    inner,
+    EPSILON: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK_SQUARES: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: a block of tokens and of the elements of their gates, and of what these multiply."""
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_row, inside = r < rows, n < inner
+    if PREFETCH:
+        _prefetch_rows(weight_ptr, n, inside, 0, width, width)
+        _prefetch_rows(weight_ptr + inner * width, n, inside, 0, width, width)
+    _wait(OVERLAP)
+    gate = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    up = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    rows_at = r[:, None].to(tl.int64) * width
+    for start in range(0, width, BLOCK_WIDTH):
+        k = start + tl.arange(0, BLOCK_WIDTH)
+        is_summed = (k < width)[None, :]
+        x = tl.load(scaled_ptr + rows_at + k[None, :], mask=is_row[:, None] & is_summed, other=0.0)
+        at = n[:, None] * width + k[None, :]
+        is_weight = inside[:, None] & is_summed
+        weight = tl.load(weight_ptr + at, mask=is_weight, other=0.0)
+        gate = tl.dot(x, tl.trans(weight), gate, input_precision="ieee")
+        weight = tl.load(weight_ptr + inner * width + at, mask=is_weight, other=0.0)
+        up = tl.dot(x, tl.trans(weight), up, input_precision="ieee")
+    scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
+    gate *= scale
+    up *= scale
+    if PRODUCT:
+        gate += tl.load(product_ptr + n, mask=inside, other=0.0)[None, :]
+        up += tl.load(product_ptr + inner + n, mask=inside, other=0.0)[None, :]
+    out = _gelu(gate) * up
+    at = r[:, None].to(tl.int64) * inner + n[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & inside[None, :])
+
+
+@jit
+def _project_add_kernel(  # type: ignore[no-untyped-def]
+    y_ptr,
+    weight_ptr,
+    x_ptr,
+    gate_ptr,
+    factor_ptr,
+    out_ptr,
+    scaled_ptr,
+    squares_ptr,
+    partial_ptr,
+    counters_ptr,
+    rows,
+    width,
+    inner,
+    share,
+    GATE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: a block of tokens and outputs, and one share of what is summed up for each.
+
+    Whoever ends last adds up the shares, in their order whatever the order in which they came.
+    """
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    split = tl.program_id(2)
+    is_row, inside = r < rows, n < width
+    first = split * share
+    end = tl.minimum(first + share, inner)
+    if PREFETCH:
+        _prefetch_rows(weight_ptr, n, inside, first, end, inner)
+    _wait(OVERLAP)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    for start in range(first, end, BLOCK_WIDTH):
+        k = start + tl.arange(0, BLOCK_WIDTH)
+        is_summed = (k < end)[None, :]
+        y = tl.load(y_ptr + r[:, None].to(tl.int64) * inner + k[None, :], mask=is_row[:, None] & is_summed, other=0.0)
+        weight = tl.load(weight_ptr + n[:, None] * inner + k[None, :], mask=inside[:, None] & is_summed, other=0.0)
+        total = tl.dot(y, tl.trans(weight), total, input_precision="ieee")
+    at = r[:, None].to(tl.int64) * width + n[None, :]
+    within = is_row[:, None] & inside[None, :]
+    is_last = True
+    if SPLITS > 1:
+        size = rows.to(tl.int64) * width
+        tl.store(partial_ptr + split * size + at, total, mask=within)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        counter = counters_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        is_last = tl.atomic_add(counter, 1) == SPLITS - 1
+        if is_last:
+            tl.store(counter, 0)
+            total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+            for other in tl.static_range(SPLITS):
+                total += tl.load(partial_ptr + other * size + at, mask=within, other=0.0, cache_modifier=".cg")
+    if is_last:
+        if GATE:
+            total *= tl.load(gate_ptr + n, mask=inside, other=0.0)[None, :]
+        total += tl.load(x_ptr + at, mask=within, other=0.0).to(tl.float32)
+        x = total.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, x, mask=within)
+        total = x.to(tl.float32)
+        tl.store(squares_ptr + r * tl.num_programs(1) + tl.program_id(1), tl.sum(total * total, 1), mask=is_row)
+        if FACTOR:
+            total *= tl.load(factor_ptr + n, mask=inside, other=0.0)[None, :]
+        tl.store(scaled_ptr + at, total.to(out_ptr.dtype.element_ty), mask=within)
+
+
+@jit
+def _stream_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    factor_ptr,
+    scaled_ptr,
+    squares_ptr,
+    width,
+    FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    _wait(OVERLAP)
+    x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    tl.store(squares_ptr + row, tl.sum(wide * wide))
+    if FACTOR:
+        x = (wide * tl.load(factor_ptr + columns, mask=inside, other=0.0)).to(x.dtype)
+    tl.store(scaled_ptr + row * width + columns, x, mask=inside)
+
+
+@jit
+def _row_scale(  # type: ignore[no-untyped-def]
+    squares_ptr, r, is_row, width, EPSILON: tl.constexpr, SQUARES: tl.constexpr, BLOCK_SQUARES: tl.constexpr
+):
+    """What the norm multiplies rows `r` by."""
+    part = tl.arange(0, BLOCK_SQUARES)
+    squares = tl.load(
+        squares_ptr + r[:, None] * SQUARES + part[None, :],
+        mask=is_row[:, None] & (part < SQUARES)[None, :],
+        other=0.0,
+    )
+    return tl.rsqrt(tl.sum(squares, 1) / width + EPSILON)
+
+
+@jit
+def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For the kernels before this one to end. The next one may then begin, to wait likewise."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _prefetch_rows(weight_ptr, n, inside, start, end, width):  # type: ignore[no-untyped-def]
+    """Has the cache fetch elements `start` to `end` of rows `n` of a matrix, which no kernel before this one writes."""
+    n = tl.where(inside, n, 0)
+    for first in range(start, end, 8 * CACHE_LINE):
+        k = tl.minimum(first + tl.arange(0, 8) * CACHE_LINE, end - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [weight_ptr + n[:, None] * width + k[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@jit
+def _gelu(x):  # type: ignore[no-untyped-def]
+    """In its tanh form; tanh(z) = 2·sigmoid(2z) - 1, so that 0.5·(1 + tanh(z)) = sigmoid(2z)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

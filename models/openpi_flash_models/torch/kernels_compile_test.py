@@ -26,7 +26,11 @@ if sys.platform != "linux":
 SHARED_KIB = {80: 163, 89: 99, 90: 227}
 """By compute capability (A100; L4 and RTX 4090; H100 and H200): the shared memory that one program may have."""
 
-KERNELS = {name: value for name, value in vars(kernels).items() if isinstance(value, kernels.triton.JITFunction)}
+KERNELS = {
+    name: value
+    for name, value in vars(kernels).items()
+    if isinstance(value, kernels.triton.JITFunction) and name.endswith("_kernel")  # others are parts of these
+}
 
 
 class Case(NamedTuple):

@@ -78,7 +78,8 @@ if INTERPRETED:
         # FlashAttention and cuBLASLt's GELU are PyTorch's own, and no CPU has them.
         fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix, linear_gelu=plain.linear_gelu)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
-            fused = fused._replace(attend_prefix=plain.attend_prefix, attend_suffix=plain.attend)
+            products = ("attend_prefix", "attend_suffix", "norm_qkv", "norm_geglu", "project_add")
+            fused = fused._replace(**{name: getattr(plain.REFERENCE, name) for name in products})
         assert selection.mismatches(fused, config(**sizes), CPU, dtype) == {}
 
     @pytest.mark.parametrize("num_heads_each", [2, 3, 6])
@@ -106,16 +107,31 @@ if INTERPRETED:
         actual = kernels.tiled_attend_prefix(q, cache, lengths)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("num_splits", [1, 3, 16])
+    @pytest.mark.parametrize("splits", [1, 3, 16])
     @pytest.mark.parametrize("length", [1, 33, 97])
-    def test_attention_sees_the_valid_keys_and_no_other_however_they_are_shared_out(num_splits, length):
+    def test_attention_sees_the_valid_keys_and_no_other_however_they_are_shared_out(splits, length):
         generator = torch.Generator().manual_seed(0)
         q, cache = torch.randn(1, 3, 4, 16, generator=generator), torch.randn(2, 1, 100, 2, 16, generator=generator)
         lengths = torch.tensor([length], dtype=torch.int32)
         expected = plain.attend(q, cache, lengths)
         cache[:, :, length:] = torch.nan  # a kernel has no business there
-        actual = kernels.fused_attend_suffix(q, cache, lengths, num_splits=num_splits)
+        actual = kernels.fused_attend_suffix(q, cache, lengths, splits=splits)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("rows", [1, 16, 37])
+    @pytest.mark.parametrize("splits", [1, 2, 3, 5])
+    def test_a_product_is_the_same_however_it_is_shared_out(splits, rows):
+        generator = torch.Generator().manual_seed(0)
+        y, weight, x = (torch.randn(*shape, generator=generator) for shape in ((rows, 150), (40, 150), (rows, 40)))
+        gate, factor, gate_up = (torch.randn(*shape, generator=generator) for shape in ((40,), (40,), (24, 40)))
+
+        def call(ops, **tiles):
+            norm = plain.Norm(factor)
+            added = ops.project_add(y[None], weight, ops.stream(x[None], norm), gate, norm, **tiles)
+            return added.x, ops.norm_geglu(added, norm, gate_up)
+
+        for _ in range(2):  # whoever counts starts at zero again
+            torch.testing.assert_close(call(kernels.FUSED, SPLITS=splits), call(plain.REFERENCE), rtol=1e-4, atol=1e-4)
 
 else:
 

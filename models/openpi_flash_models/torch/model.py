@@ -13,6 +13,7 @@ every norm, rotations, softmax, patch and position embedding and what touches ac
 Scale and bias of a norm that every request shares are in the matrix behind it (weights.py folds them at load).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar, cast
@@ -23,16 +24,12 @@ from torch import Tensor, nn
 
 from openpi_flash_models import flow
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
-from openpi_flash_models.torch.ops import NORM_EPSILON, REFERENCE, Ops, Rope, rope_table
+from openpi_flash_models.torch.ops import NORM_EPSILON, REFERENCE, Norm, Ops, Span, rope_table
 
 M = TypeVar("M", bound=nn.Module)
 
 Cache = list[Tensor]
 """Keys and values of each layer, (2, B, C, K, h)."""
-
-Norm = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of one norm of the expert, each (E,) float32 or None: the factor on the normed vector, what is added to it, and the
-gate on the output of the block behind it."""
 
 
 class Inputs(NamedTuple):
@@ -51,29 +48,19 @@ class Step(NamedTuple):
     """What one flow step needs and no request changes. All float32.
 
     Attributes:
-        modulation: (2L+1, 3, E), the `Norm`s of the expert: two per layer, then the final one; None in pi0.
+        modulation: (2L+1, 3, E), factor, shift and gate of the expert's norms: two per layer, then the final one; None
+            in pi0.
         time_bias: (E,), the share of the time embedding in pi0's `action_time_mlp_in`; None in pi0.5.
+        products: (L, (N+2K)·h + 2M), what the shifts add to the outputs of `qkv` and `gate_up`; None in pi0, and where
+            tokens differ in their norms.
     """
 
-    modulation: Tensor | None
-    time_bias: Tensor | None
+    modulation: Tensor | None = None
+    time_bias: Tensor | None = None
+    products: Tensor | None = None
 
 
 Schedule = list[Step]
-
-
-class Span(NamedTuple):
-    """Where the tokens of one pass lie among what came before.
-
-    Attributes:
-        positions: (B or 1, T) int64, the place of each in the cache, and what it is rotated by.
-        lengths: (B,) int32: every token sees the first `lengths` entries of its row's cache.
-        rope: cosine and sine of the positions.
-    """
-
-    positions: Tensor
-    lengths: Tensor
-    rope: Rope
 
 
 class Context(NamedTuple):
@@ -135,7 +122,7 @@ class Pi0(nn.Module):
         if not self.config.is_pi05:
             # pi0's state token sees no action, and nothing of it depends on the time: its keys and values are the same
             # in every step.
-            self.suffix_forward(self.embed_state(inputs.state), None, Context(cache, self.suffix_span(lengths, 1)))
+            self.suffix_forward(self.embed_state(inputs.state), Step(), Context(cache, self.suffix_span(lengths, 1)))
             lengths = lengths + 1
         return Context(cache, self.suffix_span(lengths, self.config.action_horizon))
 
@@ -191,7 +178,7 @@ class Pi0(nn.Module):
     def velocity(self, x: Tensor, step: Step, context: Context) -> Tensor:
         """v(x, t) of one flow step, (B, H, A) float32. Overwrites the cache behind what comes before the actions."""
         tokens = self.embed_actions(x, step)
-        return self.action_out_proj(self.suffix_forward(tokens, step.modulation, context).float())
+        return self.action_out_proj(self.suffix_forward(tokens, step, context).float())
 
     def embed_state(self, state: Tensor) -> Tensor:
         """pi0's state token, (B, 1, E) in the compute dtype."""
@@ -205,27 +192,32 @@ class Pi0(nn.Module):
             actions = self.action_time_mlp_out(F.silu(F.linear(actions, action_half) + step.time_bias))
         return actions.to(self.dtype)
 
-    def suffix_forward(self, x: Tensor, modulation: Tensor | None, context: Context) -> Tensor:
+    def suffix_forward(self, x: Tensor, step: Step, context: Context) -> Tensor:
         """Runs the action expert over (B, T, E) tokens behind the prefix; returns its final-normed output."""
-        ops, span = self.ops, context.span
-        norms = self.expert_norms(modulation)
-        (factor, shift, gate), *norms = norms
-        normed = ops.rms_norm(x, factor, shift)
+        ops, span, norms = self.ops, context.span, self.expert_norms(step)
+        stream = ops.stream(x, norms[0])
         for i, (layer, own) in enumerate(zip(self.expert, context.cache, strict=True)):
-            factor, shift, next_gate = norms[2 * i]
-            attended = layer.attend(normed, span, own, ops, ops.attend_suffix)
-            x, normed = ops.add_rms_norm(x, attended, gate, factor, shift)
-            gate = next_gate
-            factor, shift, next_gate = norms[2 * i + 1]
-            x, normed = ops.add_rms_norm(x, layer.mlp(normed, ops), gate, factor, shift)
-            gate = next_gate
-        return normed
+            norm, next_norm, norm_behind = norms[2 * i : 2 * i + 3]
+            q = ops.norm_qkv(stream, norm, layer.qkv.weight, span, own)
+            attended = ops.attend_suffix(q, own, span.lengths).flatten(2)
+            stream = ops.project_add(attended, layer.out.weight, stream, norm.gate, next_norm)
+            inner = ops.norm_geglu(stream, next_norm, layer.gate_up.weight)
+            stream = ops.project_add(inner, layer.down.weight, stream, next_norm.gate, norm_behind)
+        return ops.rms_norm(stream.x, norms[-1].factor, norms[-1].shift)
 
-    def expert_norms(self, modulation: Tensor | None) -> list[Norm]:
+    def expert_norms(self, step: Step) -> list[Norm]:
         """The norms of the expert in their order. pi0's are folded into the matrices behind them, but for the last."""
-        if modulation is not None:
-            return [cast(Norm, norm.unbind()) for norm in modulation.unbind()]
-        return [(None, None, None)] * (2 * len(self.expert)) + [(1 + self.expert_norm, None, None)]
+        if step.modulation is None:
+            return [Norm()] * (2 * len(self.expert)) + [Norm(1 + self.expert_norm)]
+        norms = [Norm(*norm.unbind()) for norm in step.modulation.unbind()]
+        if step.products is not None:
+            parts = [part for row in step.products.unbind() for part in row.split(self._product_sizes)]
+            norms[:-1] = [norm._replace(product=part) for norm, part in zip(norms[:-1], parts, strict=True)]
+        return norms
+
+    @property
+    def _product_sizes(self) -> list[int]:
+        return [len(matrix.weight) for matrix in (self.expert[0].qkv, self.expert[0].gate_up)]
 
     def schedule(self, time_embeddings: Tensor) -> Schedule:
         """Everything that depends only on the times of the steps, on the model's device.
@@ -235,10 +227,20 @@ class Pi0(nn.Module):
         """
         device = self.embedding.device
         if self.config.is_pi05:
-            return [Step(modulation, None) for modulation in self.timing(time_embeddings).to(device)]
+            modulation = self.timing(time_embeddings).to(device)
+            return list(map(Step, modulation, itertools.repeat(None), self.products(modulation)))
         time_half = self.action_time_mlp_in.weight[:, time_embeddings.shape[1] :]
         time_bias = F.linear(time_embeddings.to(device), time_half, self.action_time_mlp_in.bias)
-        return [Step(None, bias) for bias in time_bias]
+        return [Step(time_bias=bias) for bias in time_bias]
+
+    def products(self, modulation: Tensor) -> Tensor:
+        """(steps, 2L+1, 3, E) to the products of each step, (steps, L, (N+2K)·h + 2M) float32."""
+        shifts = modulation[:, :-1, 1].unflatten(1, (-1, 2))
+        of_layers = []
+        for i, layer in enumerate(self.expert):
+            both = zip(shifts[:, i].unbind(1), (layer.qkv, layer.gate_up), strict=True)
+            of_layers.append(torch.cat([F.linear(shift, matrix.weight.float()) for shift, matrix in both], 1))
+        return torch.stack(of_layers, 1)
 
 
 def integrate(

@@ -22,8 +22,56 @@ Rope = tuple[Tensor, Tensor]
 """Cosine and sine of tokens' rotations, (B or 1, T, h/2) float32."""
 
 
+class Span(NamedTuple):
+    """Where the tokens of one pass lie among what came before.
+
+    Attributes:
+        positions: (B or 1, T) int64, the place of each in the cache, and what it is rotated by.
+        lengths: (B,) int32: every token sees the first `lengths` entries of its row's cache.
+        rope: cosine and sine of the positions.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+    rope: Rope
+
+
+class Norm(NamedTuple):
+    """One norm of the action expert and the gate behind it, all float32. What is None is left out.
+
+    Attributes:
+        factor: (W,) on the normed vector.
+        shift: (W,) added to it.
+        gate: (W,) on the output of the block that the norm is in front of.
+        product: (out,) the shift times the matrix behind the norm: what it adds to each of that matrix's outputs.
+    """
+
+    factor: Tensor | None = None
+    shift: Tensor | None = None
+    gate: Tensor | None = None
+    product: Tensor | None = None
+
+
+class Stream(NamedTuple):
+    """What runs through an expert from layer to layer, made ready for the norm it meets next.
+
+    Attributes:
+        x: (B, T, W).
+        scaled: in the dtype of x, what a kernel made of x for the product behind the next norm: with `squares` x times
+            the factor of that norm, without it the normed x; None where nobody made it.
+        squares: (B·T, parts) float32, sums of squares of x, each of a part of a row.
+    """
+
+    x: Tensor
+    scaled: Tensor | None = None
+    squares: Tensor | None = None
+
+
 class Ops(NamedTuple):
     """One implementation of every operation. Where a factor, shift or gate is None, it is left out.
+
+    The last four are all of an expert's layer but its attention: short of tokens, it waits for launches and memory, so
+    that what surrounds a product is part of it.
 
     Attributes:
         name: `reference` or `fused`.
@@ -40,6 +88,12 @@ class Ops(NamedTuple):
         attend_suffix: the same, for few queries and however many entries.
         attend_views: (qkv (V, T, 3·N·h), N) to (V, T, N·h): every token of a view attends to all of that view.
         quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
+        stream: (x (B, T, W), the `Norm` it meets next) to a `Stream`.
+        norm_qkv: (stream, the `Norm` it meets, weight ((N+2K)·h, W), span, cache): `rotate_into_cache` of the product
+            of the normed x.
+        norm_geglu: (stream, the `Norm` it meets, weight (2M, W)): `geglu` of the product of the normed x, (B, T, M).
+        project_add: (y (B, T, M), weight (W, M), stream, gate, the `Norm` it meets next) to the stream of x +
+            product·gate, rounded to the dtype of x.
     """
 
     name: str
@@ -53,6 +107,10 @@ class Ops(NamedTuple):
     attend_suffix: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend_views: Callable[[Tensor, int], Tensor]
     quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    stream: Callable[[Tensor, Norm], Stream]
+    norm_qkv: Callable[[Stream, Norm, Tensor, Span, Tensor], Tensor]
+    norm_geglu: Callable[[Stream, Norm, Tensor], Tensor]
+    project_add: Callable[[Tensor, Tensor, Stream, Tensor | None, Norm], Stream]
 
 
 def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope:
@@ -74,8 +132,12 @@ def rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
 def add_rms_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    x = x + y if gate is None else (x + y * gate).to(x.dtype)
+    x = add(x, y, gate)
     return x, rms_norm(x, factor, shift)
+
+
+def add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    return x + y if gate is None else (x + y * gate).to(x.dtype)
 
 
 def add_layer_norm(x: Tensor, y: Tensor, factor: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -140,6 +202,23 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(FP8), scale
 
 
+def stream(x: Tensor, norm: Norm) -> Stream:
+    return Stream(x)
+
+
+def norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor) -> Tensor:
+    qkv = F.linear(rms_norm(stream.x, norm.factor, norm.shift), weight)
+    return rotate_into_cache(qkv, span.rope, span.positions, cache)
+
+
+def norm_geglu(stream: Stream, norm: Norm, weight: Tensor) -> Tensor:
+    return geglu(F.linear(rms_norm(stream.x, norm.factor, norm.shift), weight))
+
+
+def project_add(y: Tensor, weight: Tensor, stream: Stream, gate: Tensor | None, norm: Norm) -> Stream:
+    return Stream(add(stream.x, F.linear(y, weight), gate))
+
+
 REFERENCE = Ops(
     "reference",
     rms_norm,
@@ -152,4 +231,8 @@ REFERENCE = Ops(
     attend,
     attend_views,
     quantise_rows,
+    stream,
+    norm_qkv,
+    norm_geglu,
+    project_add,
 )

@@ -68,9 +68,9 @@ def of_tokens(step: Step, done: Step, is_given: Tensor) -> Step:
     """A step as each token meets it, its rows (B, H, E): that of `done` where the action is given."""
     if step.modulation is None or done.modulation is None:
         assert step.time_bias is not None and done.time_bias is not None  # noqa: S101 - of pi0
-        return Step(None, torch.where(is_given, done.time_bias, step.time_bias))
+        return Step(time_bias=torch.where(is_given, done.time_bias, step.time_bias))
     rows, rows_done = (modulation[:, :, None, None] for modulation in (step.modulation, done.modulation))
-    return Step(torch.where(is_given, rows_done, rows), None)
+    return Step(torch.where(is_given, rows_done, rows))
 
 
 def forgetful(context: Context) -> Context:

@@ -1,18 +1,26 @@
 """Which implementation of the operations a device gets: each the fused one where it gives what the plain one gives."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
-from openpi_flash_models.config import ModelConfig
+from openpi_flash_models.config import GemmaConfig, ModelConfig
 from openpi_flash_models.torch import kernels
 from openpi_flash_models.torch.kernels import FUSED
-from openpi_flash_models.torch.ops import FP8, FP8_MAX, REFERENCE, Ops, rope_table
+from openpi_flash_models.torch.ops import FP8, FP8_MAX, REFERENCE, Norm, Ops, Span, Stream, rope_table
 
 logger = logging.getLogger(__name__)
+
+
+EXPERT_OPS = ("stream", "norm_qkv", "norm_geglu", "project_add")
+"""What one of these makes another takes: all are fused, or none."""
+
+Call = Callable[[Ops], Any]
+"""A call of an operation: the tensors that it gave or wrote to."""
 
 
 def choose(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ops:
@@ -28,73 +36,121 @@ def choose(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ops
         logger.warning("fused kernel %s is off, inference will be slower: %s", name, reason)
     if not wrong:
         return FUSED
-    return FUSED._replace(name=f"fused, but {', '.join(wrong)}", **{name: getattr(REFERENCE, name) for name in wrong})
+    off = {name for found in wrong for name in (EXPERT_OPS if found in EXPERT_OPS else (found,))}
+    return FUSED._replace(name=f"fused, but {', '.join(wrong)}", **{name: getattr(REFERENCE, name) for name in off})
 
 
 def mismatches(ops: Ops, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Which operations fail, or differ from the reference by more than rounding, at a model's widths; and how."""
     wrong: dict[str, str] = {}
-    for name, arguments in trials(config, device, dtype):
-        expected_arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
-        expected = getattr(REFERENCE, name)(*expected_arguments)
+    for name, call in trials(config, device, dtype):
+        expected = _tensors(call(REFERENCE))
         try:
-            actual = getattr(ops, name)(*arguments)
+            actual = _tensors(call(ops))
         except Exception as error:  # no C compiler, a GPU that Triton does not know, too little shared memory, …
             wrong[name] = f"{type(error).__name__}: {error}"
             continue
-        # What was written into an argument counts as well.
-        results, others = (
-            [*_tensors(actual), *_tensors(arguments)],
-            [*_tensors(expected), *_tensors(expected_arguments)],
-        )
-        if not all(_close(one, other) for one, other in zip(results, others, strict=True)):
+        if not all(_close(one, other) for one, other in zip(actual, expected, strict=True)):
             wrong[name] = "its numbers are not those of plain PyTorch"
     return wrong
 
 
-def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, list[Any]]]:
-    """A small call of every operation for each width that the model has: its name and arguments."""
+def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """The name of every operation and a small call of it, for each width that the model has."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    gemma = config.vlm
+    def trial(name: str, *arguments: Any) -> tuple[str, Call]:
+        return name, lambda ops: getattr(ops, name)(*arguments)
+
     for width in {config.vlm.width, config.expert.width}:
         x, y = random(2, 3, width), random(2, 3, width)
         gate, factor, shift = (random(width, dtype=torch.float32) for _ in range(3))
-        yield "rms_norm", [x, None, None]
-        yield "rms_norm", [x, factor, shift]
-        yield "add_rms_norm", [x, y, None, None, None]
-        yield "add_rms_norm", [x, y, gate, factor, shift]
+        yield trial("rms_norm", x, None, None)
+        yield trial("rms_norm", x, factor, shift)
+        yield trial("add_rms_norm", x, y, None, None, None)
+        yield trial("add_rms_norm", x, y, gate, factor, shift)
     vision = config.vision
     x, y = random(2, 3, vision.width), random(2, 3, vision.width)
     factor, shift = (random(vision.width, dtype=torch.float32) for _ in range(2))
-    yield "add_layer_norm", [x, y, None, None]
-    yield "add_layer_norm", [x, y, factor, shift]
+    yield trial("add_layer_norm", x, y, None, None)
+    yield trial("add_layer_norm", x, y, factor, shift)
     weight = random(vision.mlp_dim, vision.width) * vision.width**-0.5
-    yield "linear_gelu", [x, weight, random(vision.mlp_dim)]
-    yield "attend_views", [random(2, 20, 3 * vision.width), vision.num_heads]
+    yield trial("linear_gelu", x, weight, random(vision.mlp_dim))
+    yield trial("attend_views", random(2, 20, 3 * vision.width), vision.num_heads)
     for mlp_dim in {config.vlm.mlp_dim, config.expert.mlp_dim}:
-        yield "geglu", [random(2, 3, 2 * mlp_dim)]
-    capacity, lengths = 40, torch.tensor([40, 33], dtype=torch.int32, device=device)
-    cache = random(2, 2, capacity, gemma.num_kv_heads, gemma.head_dim)
+        yield trial("geglu", random(2, 3, 2 * mlp_dim))
+    gemma, lengths = config.vlm, torch.tensor([40, 33], dtype=torch.int32, device=device)
+    cache = random(2, 2, 40, gemma.num_kv_heads, gemma.head_dim)
     for tokens, name in ((17, "attend_prefix"), (5, "attend_suffix")):
+        span = _span(lengths, tokens, gemma.head_dim)
         qkv = random(2, tokens, (gemma.num_heads + 2 * gemma.num_kv_heads) * gemma.head_dim)
-        positions = (lengths[:, None] - tokens).clamp(min=0) + torch.arange(tokens, device=device)
-        rope = rope_table(positions, gemma.head_dim)
-        yield "rotate_into_cache", [qkv, rope, positions, cache.clone()]
+        yield "rotate_into_cache", _writes("rotate_into_cache", qkv, span.rope, span.positions, cache)
         visible = lengths.clamp(max=tokens) if name == "attend_prefix" else lengths
-        yield name, [random(2, tokens, gemma.num_heads, gemma.head_dim), cache, visible]
+        yield trial(name, random(2, tokens, gemma.num_heads, gemma.head_dim), cache, visible)
     # Exact in FP8 but for a power of two in each row: the last bit of a rounding is nobody's promise.
     exact = random(5, config.vlm.width, dtype=torch.float32).to(FP8).float()
     exact[:, 0] = FP8_MAX
-    yield "quantise_rows", [(exact * 2.0 ** torch.arange(-2, 3, device=device)[:, None]).to(dtype)]
+    yield trial("quantise_rows", (exact * 2.0 ** torch.arange(-2, 3, device=device)[:, None]).to(dtype))
+    yield from expert_trials(config.expert, random, cache, lengths)
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    values = (values,) if isinstance(values, Tensor) else values
-    return [value for value in values if isinstance(value, Tensor)]
+def expert_trials(
+    gemma: GemmaConfig, random: Callable[..., Tensor], cache: Tensor, lengths: Tensor
+) -> Iterator[tuple[str, Call]]:
+    """Those of what an expert's layer is made of, with norms that do something and with others that do not."""
+    tokens, width, heads_width = 5, gemma.width, gemma.num_heads * gemma.head_dim
+    x, attended, inner = (random(2, tokens, size) for size in (width, heads_width, gemma.mlp_dim))
+
+    def matrix(size_out: int, size_in: int) -> Tensor:
+        return random(size_out, size_in) * size_in**-0.5
+
+    qkv, gate_up = matrix(heads_width + 2 * cache[0, 0, 0].numel(), width), matrix(2 * gemma.mlp_dim, width)
+    span = _span(lengths, tokens, gemma.head_dim)
+    out, down = matrix(width, heads_width), matrix(width, gemma.mlp_dim)
+    factor, shift, gate = (random(width, dtype=torch.float32) for _ in range(3))
+    for norm in (Norm(), Norm(factor, shift, gate)):
+
+        def before(weight: Tensor, norm: Norm = norm) -> Norm:
+            return norm if norm.shift is None else norm._replace(product=F.linear(norm.shift, weight.float()))
+
+        def stream(ops: Ops, norm: Norm = norm) -> Stream:
+            return ops.stream(x, norm)
+
+        def project(y: Tensor, weight: Tensor, norm: Norm = norm, stream: Call = stream) -> Call:
+            def call(ops: Ops) -> tuple[Tensor, Tensor]:
+                added = ops.project_add(y, weight, stream(ops), norm.gate, norm)
+                return added.x, ops.norm_geglu(added, before(gate_up, norm), gate_up)
+
+            return call
+
+        yield "norm_geglu", lambda ops: ops.norm_geglu(stream(ops), before(gate_up), gate_up)
+        yield "norm_qkv", lambda ops: _writes("norm_qkv", stream(ops), before(qkv), qkv, span, cache)(ops)
+        yield "project_add", project(attended, out)
+        yield "project_add", project(inner, down)
+
+
+def _span(lengths: Tensor, tokens: int, head_dim: int) -> Span:
+    """That of the last of so many tokens."""
+    positions = (lengths[:, None] - tokens).clamp(min=0) + torch.arange(tokens, device=lengths.device)
+    return Span(positions, lengths, rope_table(positions, head_dim))
+
+
+def _writes(name: str, *arguments: Any) -> Call:
+    """A call that writes to a cache, its last argument, of which it gets a copy."""
+
+    def call(ops: Ops) -> tuple[Tensor, Tensor]:
+        *others, cache = arguments
+        written = cache.clone()
+        return getattr(ops, name)(*others, written), written
+
+    return call
+
+
+def _tensors(values: Any) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else tuple(values)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
