@@ -93,8 +93,9 @@ def test_every_kernel_compiles_and_fits(compiled, monkeypatch, tmp_path, case):
     monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver(case.capability))
     run_full_size(case)
     assert not misfits(compiled, case.capability, tmp_path)
-    unused = {"_tiled_attend_kernel"} if case.quantised else {"_tiled_attend_kernel", "_quantise_kernel"}
-    assert {kernel.name for kernel in compiled.values()} == set(KERNELS) - unused
+    unused = set() if case.quantised else {"_quantise_kernel"}
+    others = {"_tiled_attend_kernel"}  # a Hopper's alone: tested below
+    assert {kernel.name for kernel in compiled.values()} | others == set(KERNELS) - unused
 
 
 @pytest.mark.parametrize("tiles", kernels.PREFIX_TILES, ids=str)
