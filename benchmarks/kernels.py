@@ -39,7 +39,8 @@ ROTATIONS = ((2, 1), (2, 2), (5, 2), (5, 4), (10, 4))
 """Heads of a token to a program, and warps."""
 
 TILES: dict[str, list[dict[str, int]]] = {
-    "all": [{"OVERLAP": False, "launch_pdl": False}, {"PREFETCH": False}],
+    "all": [{"OVERLAP": False, "launch_pdl": False}],
+    "products": [{"PREFETCH": False}],
     "norm_qkv": [
         {"num_stages": 4},
         {"num_stages": 5},
@@ -84,6 +85,11 @@ TILES: dict[str, list[dict[str, int]]] = {
     ],
 }
 """How else each kernel of a layer could be shared out: what differs from what kernels.py chooses."""
+
+MANY_TILES = [{}, {"BLOCK_ROWS": 128, "num_warps": 8}, {"BLOCK_ROWS": 128, "BLOCK_WIDTH": 64, "num_warps": 8}]
+"""The same for the products of several robots at a time."""
+
+PRODUCTS = ("norm_qkv", "out", "norm_geglu", "down")
 
 REPLAYS = 10
 
@@ -264,29 +270,43 @@ def layer_case(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) 
         for size in (wide, 2 * gemma.mlp_dim)
     ]
 
-    def layer(ops: Ops, tiles: dict[str, dict[str, int]], many_rows: int = 1 << 20) -> Call:
+    def layer(ops: Ops, tiles: dict[str, dict[str, int]], many_rows: int = 1 << 20, *, fetches: bool = True) -> Call:
         streams: list[Stream] = []
+
+        def ahead(matrix: Tensor) -> Tensor | None:
+            return matrix if fetches else None
 
         def call(i: int) -> object:
             kernels.MANY_ROWS = many_rows
             if i == 0:
                 streams[:] = [ops.stream(x, norms[0])]
             (stream,) = streams
-            q = ops.norm_qkv(stream, norms[0], qkv[i], span, caches[i], **tiles.get("norm_qkv", {}))
-            attended = ops.attend_suffix(q, caches[i], span.lengths, **tiles.get("attend_suffix", {})).flatten(2)
+            q = ops.norm_qkv(
+                stream, norms[0], qkv[i], span, caches[i], ahead=ahead(out[i]), **tiles.get("norm_qkv", {})
+            )
+            attended = ops.attend_suffix(
+                q, caches[i], span.lengths, ahead=ahead(gate_up[i]), **tiles.get("attend_suffix", {})
+            ).flatten(2)
             stream = ops.project_add(attended, out[i], stream, norms[0].gate, norms[1], **tiles.get("out", {}))
-            inner = ops.norm_geglu(stream, norms[1], gate_up[i], **tiles.get("norm_geglu", {}))
-            streams[:] = [ops.project_add(inner, down[i], stream, norms[1].gate, norms[0], **tiles.get("down", {}))]
+            inner = ops.norm_geglu(stream, norms[1], gate_up[i], ahead=ahead(down[i]), **tiles.get("norm_geglu", {}))
+            after = ahead(qkv[(i + 1) % layers])
+            streams[:] = [
+                ops.project_add(inner, down[i], stream, norms[1].gate, norms[0], ahead=after, **tiles.get("down", {}))
+            ]
             return streams
 
         return call
 
     calls = {"plain": layer(REFERENCE, {})}
     if device.type == "cuda":
-        calls |= {"fused": layer(FUSED, {}), "with cuBLAS": layer(FUSED, {}, 0)}
-        for name, variants in TILES.items():
+        calls |= {
+            "fused": layer(FUSED, {}),
+            "nothing ahead": layer(FUSED, {}, fetches=False),
+            "with cuBLAS": layer(FUSED, {}, 0),
+        }
+        for name, variants in TILES.items() if len(x) == 1 else [("products", MANY_TILES)]:
             for tiles in variants:
-                names = [each for each in TILES if each not in ("all", "attend_suffix")] if name == "all" else [name]
+                names = {"all": [*PRODUCTS, "attend_suffix"], "products": PRODUCTS}.get(name, [name])
                 shown = ",".join(f"{key}={value}" for key, value in tiles.items())
                 calls[f"{name}({shown})"] = layer(FUSED, dict.fromkeys(names, tiles))
     products = [product_costs(x.numel() // width, len(each[0][0]), len(each[0])) for each in (qkv, out, gate_up, down)]

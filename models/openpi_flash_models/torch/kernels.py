@@ -191,7 +191,9 @@ def fused_geglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, splits: int = 0, **tiles: int) -> Tensor:
+def fused_attend_suffix(
+    q: Tensor, cache: Tensor, lengths: Tensor, *, ahead: Tensor | None = None, splits: int = 0, **tiles: int
+) -> Tensor:
     """The keys of a row are shared out to `splits` programs, since a few queries alone would leave most of a GPU idle;
     a second kernel joins what they found (Dao et al., Flash-Decoding)."""
     q = q.contiguous()
@@ -203,14 +205,14 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, splits: in
         # Multiplied outside of the tensor cores: the tiles of these would not fit into registers, nor into the shared
         # memory of a consumer's GPU.
         tile |= {"BLOCK_ROWS": 32, "BLOCK_KEYS": 16, "num_warps": 8}
-    tile |= tiles
+    overlap = _overlap(q)
+    tile |= overlap | tiles
     splits = splits or default_splits(batch)
     shares = q.new_empty(splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
     weights = q.new_empty(2, splits, batch, kv_heads, rows, dtype=torch.float32)
     share = triton.cdiv(triton.cdiv(capacity, tile["BLOCK_KEYS"]), splits) * tile["BLOCK_KEYS"]
     sizes = {"NUM_HEADS": num_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    overlap = _overlap(q)
     _attend_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]), batch * kv_heads, splits)](
         q,
         cache,
@@ -223,10 +225,11 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, splits: in
         cache[0].numel(),
         share,
         head_dim**-0.5 * math.log2(math.e),
+        *_ahead(ahead, q),
         **sizes,
         BLOCK_DIM=block_dim,
+        AHEAD=ahead is not None,
         **tile,
-        **overlap,
     )
     out = torch.empty_like(q)
     _join_kernel[(batch * kv_heads * rows,)](
@@ -240,7 +243,7 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, splits: in
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         BLOCK_DIM=block_dim,
         num_warps=1,
-        **overlap,
+        **{name: tile[name] for name in overlap},
     )
     return out
 
@@ -380,7 +383,9 @@ def fused_stream(x: Tensor, norm: Norm) -> Stream:
     return Stream(x, scaled, squares)
 
 
-def fused_norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, **tiles: int) -> Tensor:
+def fused_norm_qkv(
+    stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, *, ahead: Tensor | None = None, **tiles: int
+) -> Tensor:
     x, scaled, squares = stream
     assert scaled is not None  # noqa: S101 - of a stream of ours
     if squares is None:
@@ -410,6 +415,7 @@ def fused_norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache
         tokens if len(cos) > 1 else 0,
         tokens if len(positions) > 1 else 0,
         batch * capacity * kv_heads * head_dim,
+        *_ahead(ahead, x),
         EPSILON=NORM_EPSILON,
         SQUARES=squares.shape[1],
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
@@ -419,12 +425,15 @@ def fused_norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache
         HALF=head_dim // 2,
         PARTS=parts,
         BLOCK_OUT=block,
+        AHEAD=ahead is not None,
         **tile,
     )
     return q
 
 
-def fused_norm_geglu(stream: Stream, norm: Norm, weight: Tensor, **tiles: int) -> Tensor:
+def fused_norm_geglu(
+    stream: Stream, norm: Norm, weight: Tensor, *, ahead: Tensor | None = None, **tiles: int
+) -> Tensor:
     x, scaled, squares = stream
     assert scaled is not None  # noqa: S101 - of a stream of ours
     if squares is None:
@@ -441,17 +450,25 @@ def fused_norm_geglu(stream: Stream, norm: Norm, weight: Tensor, **tiles: int) -
         rows,
         width,
         inner,
+        *_ahead(ahead, x),
         EPSILON=NORM_EPSILON,
         SQUARES=squares.shape[1],
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         PRODUCT=norm.product is not None,
+        AHEAD=ahead is not None,
         **tile,
     )
     return out
 
 
 def fused_project_add(
-    y: Tensor, weight: Tensor, stream: Stream, gate: Tensor | None, norm: Norm, **tiles: int
+    y: Tensor,
+    weight: Tensor,
+    stream: Stream,
+    gate: Tensor | None,
+    norm: Norm,
+    ahead: Tensor | None = None,
+    **tiles: int,
 ) -> Stream:
     x, y, factor = stream.x, y.contiguous(), norm.factor
     width, inner, rows = x.shape[-1], y.shape[-1], x.numel() // x.shape[-1]
@@ -479,9 +496,11 @@ def fused_project_add(
         width,
         inner,
         triton.cdiv(triton.cdiv(inner, tile["BLOCK_WIDTH"]), splits) * tile["BLOCK_WIDTH"],
+        *_ahead(ahead, x),
         GATE=gate is not None,
         FACTOR=factor is not None,
         SPLITS=splits,
+        AHEAD=ahead is not None,
         **tile,
     )
     return Stream(out, scaled, squares)
@@ -502,6 +521,11 @@ def _overlap(x: Tensor) -> dict[str, bool]:
     target = triton.runtime.driver.active.get_current_target()
     overlaps = target.backend == "cuda" and target.arch >= OVERLAP_CAPABILITY
     return {"OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
+
+
+def _ahead(matrix: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """A matrix to fetch and its size; where there is none, something in its place."""
+    return (other, 0) if matrix is None else (matrix, matrix.numel())
 
 
 @functools.cache
@@ -692,12 +716,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     values_offset,
     share,
     scale,
+    ahead_ptr,
+    ahead_size,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: a block of the rows (token, head of the group) of one key head, against one share of the keys.
@@ -712,6 +739,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     d = tl.arange(0, BLOCK_DIM)
     is_row, is_dim = r < rows, d < HEAD_DIM
 
+    if AHEAD:
+        _prefetch_share(ahead_ptr, ahead_size)
     _wait(OVERLAP)
     token_head = (b * (rows // GROUP) + r // GROUP) * NUM_HEADS + kv * GROUP + r % GROUP
     q = tl.load(
@@ -880,6 +909,8 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     rope_batch_stride,
     position_batch_stride,
     values_offset,
+    ahead_ptr,
+    ahead_size,
     EPSILON: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK_SQUARES: tl.constexpr,
@@ -892,6 +923,7 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: for a block of tokens, some elements of the first half of a head and those that turn with them."""
@@ -903,6 +935,8 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     if PREFETCH:
         _prefetch_rows(weight_ptr, out, inside, 0, width, width)
         _prefetch_rows(weight_ptr + HALF * width, out, inside, 0, width, width)
+    if AHEAD:
+        _prefetch_share(ahead_ptr, ahead_size)
     _wait(OVERLAP)
     first = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     second = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
@@ -955,6 +989,8 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     rows,
     width,
     inner,
+    ahead_ptr,
+    ahead_size,
     EPSILON: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK_SQUARES: tl.constexpr,
@@ -963,6 +999,7 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: a block of tokens and of the elements of their gates, and of what these multiply."""
@@ -972,6 +1009,8 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     if PREFETCH:
         _prefetch_rows(weight_ptr, n, inside, 0, width, width)
         _prefetch_rows(weight_ptr + inner * width, n, inside, 0, width, width)
+    if AHEAD:
+        _prefetch_share(ahead_ptr, ahead_size)
     _wait(OVERLAP)
     gate = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
@@ -1013,6 +1052,8 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     width,
     inner,
     share,
+    ahead_ptr,
+    ahead_size,
     GATE: tl.constexpr,
     FACTOR: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -1020,6 +1061,7 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: a block of tokens and outputs, and one share of what is summed up for each.
@@ -1034,6 +1076,8 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     end = tl.minimum(first + share, inner)
     if PREFETCH:
         _prefetch_rows(weight_ptr, n, inside, first, end, inner)
+    if AHEAD:
+        _prefetch_share(ahead_ptr, ahead_size)
     _wait(OVERLAP)
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     for start in range(first, end, BLOCK_WIDTH):
@@ -1125,6 +1169,23 @@ def _prefetch_rows(weight_ptr, n, inside, start, end, width):  # type: ignore[no
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
             [weight_ptr + n[:, None] * width + k[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@jit
+def _prefetch_share(ahead_ptr, size):  # type: ignore[no-untyped-def]
+    """Has the cache fetch this program's share of a matrix that a later kernel reads."""
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    step = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) * 128 * CACHE_LINE
+    for first in range(program * 128 * CACHE_LINE, size, step):
+        at = tl.minimum(first + tl.arange(0, 128) * CACHE_LINE, size - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ahead_ptr + at],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -198,11 +198,13 @@ class Pi0(nn.Module):
         stream = ops.stream(x, norms[0])
         for i, (layer, own) in enumerate(zip(self.expert, context.cache, strict=True)):
             norm, next_norm, norm_behind = norms[2 * i : 2 * i + 3]
-            q = ops.norm_qkv(stream, norm, layer.qkv.weight, span, own)
-            attended = ops.attend_suffix(q, own, span.lengths).flatten(2)
-            stream = ops.project_add(attended, layer.out.weight, stream, norm.gate, next_norm)
-            inner = ops.norm_geglu(stream, next_norm, layer.gate_up.weight)
-            stream = ops.project_add(inner, layer.down.weight, stream, next_norm.gate, norm_behind)
+            qkv, out, gate_up, down = (each.weight for each in (layer.qkv, layer.out, layer.gate_up, layer.down))
+            q = ops.norm_qkv(stream, norm, qkv, span, own, ahead=out)
+            attended = ops.attend_suffix(q, own, span.lengths, ahead=gate_up).flatten(2)
+            stream = ops.project_add(attended, out, stream, norm.gate, next_norm)
+            inner = ops.norm_geglu(stream, next_norm, gate_up, ahead=down)
+            next_qkv = self.expert[(i + 1) % len(self.expert)].qkv.weight
+            stream = ops.project_add(inner, down, stream, next_norm.gate, norm_behind, ahead=next_qkv)
         return ops.rms_norm(stream.x, norms[-1].factor, norms[-1].shift)
 
     def expert_norms(self, step: Step) -> list[Norm]:
