@@ -3,10 +3,13 @@
 Every line is one operation of one layer, called once with the weights of each layer, so that no cache holds them, all
 in one CUDA graph. Beside it, the same in plain PyTorch, and the rates that the fastest reached: of a flow step bytes
 count, of the prefix arithmetic. The kernels of a flow step's layer are timed one after the other, as they overlap, each
-shared out to programs in other ways in turn (TILES). Without a GPU it times a tiny model, to show that it runs.
+shared out to programs in other ways in turn (TILES). Attention of the prefix and of the views is timed in tiles of
+several sizes, rotations with more and fewer heads of a token to a program. Without a GPU it times a tiny model, to show
+that it runs.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -18,11 +21,22 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from openpi_flash_cli.bench import NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
-from openpi_flash_models.config import GemmaConfig, ModelConfig
+from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
 from openpi_flash_models.torch import kernels
-from openpi_flash_models.torch.kernels import FUSED
+from openpi_flash_models.torch.kernels import (
+    FUSED,
+    PREFIX_TILES,
+    VIEW_TILES,
+    Tiles,
+    fused_rotate_into_cache,
+    tiled_attend_prefix,
+    tiled_attend_views,
+)
 from openpi_flash_models.torch.ops import REFERENCE, Norm, Ops, Span, Stream, rope_table
 from torch import Tensor
+
+ROTATIONS = ((2, 1), (2, 2), (5, 2), (5, 4), (10, 4))
+"""Heads of a token to a program, and warps."""
 
 TILES: dict[str, list[dict[str, int]]] = {
     "all": [{"OVERLAP": False, "launch_pdl": False}],
@@ -130,9 +144,47 @@ def cases(config: ModelConfig, batch: int, device: torch.device) -> Iterator[Cas
     valid = prefix - PROMPT_BUCKET + PROMPT_TOKENS
     lengths = torch.full((batch,), valid, dtype=torch.int32, device=device)
     capacity = prefix + config.action_horizon
+    yield from vision_cases(config.vision, batch * NUM_VIEWS, device, layers=config.vlm.depth)
     yield from expert_cases("prefix", config.vlm, batch, prefix, lengths, capacity=capacity)
     horizon = config.action_horizon
     yield from expert_cases("step", config.expert, batch, horizon, lengths + horizon, capacity=capacity)
+
+
+def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, layers: int) -> Iterator[Case]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, y = random(views, vision.num_tokens, vision.width), random(views, vision.num_tokens, vision.width)
+    products = {
+        "qkv": (vision.width, 3 * vision.width),
+        "out": (vision.width, vision.width),
+        "fc1": (vision.width, vision.mlp_dim),
+        "fc2": (vision.mlp_dim, vision.width),
+    }
+    for name, (wide_in, wide_out) in products.items():
+        rows = random(views, vision.num_tokens, wide_in)
+        weights = [random(wide_out, wide_in) for _ in range(layers)]
+        biases = [random(wide_out) for _ in range(layers)]
+        costs = product_costs(views * vision.num_tokens, wide_in, wide_out)
+        # A case is timed before the next is made.
+        yield Case(f"vision {name}", {"cuBLAS": lambda i: F.linear(rows, weights[i], biases[i])}, *costs)  # noqa: B023
+        if name == "fc1":
+            yield both(
+                "vision fc1 and gelu",
+                lambda ops: lambda i: ops.linear_gelu(x, weights[i], biases[i]),  # noqa: B023
+                *costs,
+            )
+    yield both("vision add_layer_norm", lambda ops: lambda _: ops.add_layer_norm(x, y, None, None), 0, 4 * x.nbytes)
+    qkv = random(views, vision.num_tokens, 3 * vision.width)
+    flops, num_bytes = 4.0 * x.numel() * vision.num_tokens, qkv.nbytes + x.nbytes
+    attention = both(
+        "vision attention", lambda ops: lambda _: ops.attend_views(qkv, vision.num_heads), flops, num_bytes
+    )
+    if device.type == "cuda":
+        for tiles in VIEW_TILES:
+            attend = functools.partial(tiled_attend_views, qkv, vision.num_heads, tiles=tiles)
+            attention.calls[name_of(tiles)] = lambda _, attend=attend: attend()
+    yield attention
 
 
 def expert_cases(
@@ -171,17 +223,31 @@ def expert_cases(
     if part == "step":
         positions = positions + lengths[:, None] - tokens
     rope = rope_table(positions, gemma.head_dim)
-    yield both(
+    rotation = both(
         f"{part} rotate_into_cache",
         lambda ops: lambda i: ops.rotate_into_cache(qkv, rope, positions, caches[i]),
         0,
         2 * qkv.nbytes,
     )
+    if device.type == "cuda":
+        for each, warps in ROTATIONS:
+            rotate = functools.partial(fused_rotate_into_cache, num_heads_each=each, num_warps=warps)
+            rotation.calls[f"{each} heads, {warps} warps"] = lambda i, rotate=rotate: rotate(
+                qkv, rope, positions, caches[i]
+            )
+    yield rotation
 
     keys = int(lengths[0])
     flops, num_bytes = 4.0 * q.numel() * keys, 2 * q.nbytes + caches[0].nbytes * keys / capacity
     if part == "prefix":
-        yield both("prefix attention", lambda ops: lambda i: ops.attend_prefix(q, caches[i], lengths), flops, num_bytes)
+        attention = both(
+            "prefix attention", lambda ops: lambda i: ops.attend_prefix(q, caches[i], lengths), flops, num_bytes
+        )
+        if device.type == "cuda":
+            for tiles in PREFIX_TILES:
+                attend = functools.partial(tiled_attend_prefix, q, lengths=lengths, tiles=tiles)
+                attention.calls[name_of(tiles)] = lambda i, attend=attend: attend(cache=caches[i])
+        yield attention
         return
     yield layer_case(gemma, x, caches, Span(positions, lengths, rope))
 
@@ -246,6 +312,10 @@ def layer_case(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) 
     products = [product_costs(x.numel() // width, len(each[0][0]), len(each[0])) for each in (qkv, out, gate_up, down)]
     flops, num_bytes = map(sum, zip(*products, strict=True))
     return Case("step layer", calls, flops, num_bytes)
+
+
+def name_of(tiles: Tiles) -> str:
+    return f"{tiles.rows}x{tiles.keys} w{tiles.warps} s{tiles.stages}"
 
 
 def product_costs(rows: int, wide_in: int, wide_out: int) -> tuple[float, float]:

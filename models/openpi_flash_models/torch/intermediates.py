@@ -6,7 +6,7 @@ import torch
 from openpi_flash_models import flow
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.backend import TorchBackend
-from openpi_flash_models.torch.model import Context, Step
+from openpi_flash_models.torch.model import Context, Step, standardise
 
 
 def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.ndarray) -> dict[str, np.ndarray]:
@@ -21,7 +21,8 @@ def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.
         if num_views := inputs.images.shape[1]:
             stem = model.vision.embed_patches(inputs.images.flatten(0, 1))
             encoded = model.vision.encode(stem, model.ops)
-            vision = {"stem_posemb": stem, "block0": model.vision.blocks[0](stem, model.ops), "encoded": encoded}
+            block0, _ = model.vision.blocks[0](stem, standardise(stem), model.ops, None, None)
+            vision = {"stem_posemb": stem, "block0": block0, "encoded": encoded}
             vision["projected"] = model.vision.projector(encoded, model.ops)
             found |= {f"vit_{name}": views.unflatten(0, (-1, num_views)) for name, views in vision.items()}
         found["prefix_embeds"], valid = model.embed_prefix(inputs)

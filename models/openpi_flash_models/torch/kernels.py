@@ -10,17 +10,29 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
-from openpi_flash_models.torch.ops import FP8, FP8_MAX, NORM_EPSILON, Norm, Ops, Rope, Span, Stream, attend_prefix
+from openpi_flash_models.torch.ops import (
+    FP8,
+    FP8_MAX,
+    NORM_EPSILON,
+    Norm,
+    Ops,
+    Rope,
+    Span,
+    Stream,
+    attend_prefix,
+    attend_views,
+)
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # there is none for this platform: the reference serves
     triton = None
 
@@ -30,6 +42,50 @@ MANY_ROWS = 64
 
 OVERLAP_CAPABILITY = 90
 """Of GPUs on which a kernel can begin before the one before it has ended (programmatic dependent launch)."""
+
+HOPPER = 90
+"""Compute capability of H100 and H200."""
+
+LOG2_E = 1.4426950408889634
+
+
+class Tiles(NamedTuple):
+    """How a kernel of attention divides its work.
+
+    Attributes:
+        rows: (token, head) pairs of a program.
+        keys: that it multiplies at a time.
+        warps: of a program.
+        stages: how many tiles of keys are on their way or in use.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+PREFIX_TILES = (
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 8, 2),
+    Tiles(64, 64, 4, 1),
+    Tiles(64, 32, 4, 2),
+    Tiles(64, 128, 8, 1),
+    Tiles(128, 64, 8, 2),
+    Tiles(128, 64, 8, 1),
+    Tiles(128, 128, 8, 1),
+)
+"""For attention of the prefix, those that a Hopper GPU has registers and shared memory for."""
+
+
+VIEW_TILES = (
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 4, 3),
+    Tiles(64, 128, 4, 2),
+    Tiles(128, 64, 8, 2),
+    Tiles(128, 128, 8, 2),
+)
+"""The same for attention of the vision tower."""
 
 
 def fused_rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -69,13 +125,42 @@ def _launch_norm(
     return total, normed
 
 
-def fused_rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
+def fused_add_layer_norm(x: Tensor, y: Tensor, factor: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[-1]
+    _layer_norm_kernel[(x.numel() // width,)](
+        x,
+        y.contiguous(),
+        x if factor is None else factor,
+        x if shift is None else shift,
+        total,
+        normed,
+        width,
+        EPSILON=NORM_EPSILON,
+        FACTOR=factor is not None,
+        SHIFT=shift is not None,
+        BLOCK=triton.next_power_of_2(width),
+    )
+    return total, normed
+
+
+def addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """cuBLASLt's product, which adds the bias and applies GELU, in its tanh form, to what is still in registers."""
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return product.view(*x.shape[:-1], -1)
+
+
+def fused_rotate_into_cache(
+    qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor, *, num_heads_each: int = 1, num_warps: int = 1
+) -> Tensor:
+    """A program has `num_heads_each` heads of a token."""
     batch, tokens, _ = qkv.shape
     _, _, capacity, kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
     q = qkv.new_empty(batch, tokens, num_heads, head_dim)
     cos, sin = (table.contiguous() for table in rope)
-    _rotate_kernel[(batch * tokens, num_heads + 2 * kv_heads)](
+    _rotate_kernel[(batch * tokens, triton.cdiv(num_heads + 2 * kv_heads, num_heads_each))](
         qkv.contiguous(),
         cos,
         sin,
@@ -90,8 +175,10 @@ def fused_rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: T
         NUM_HEADS=num_heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
+        HEADS_EACH=num_heads_each,
+        BLOCK_HEADS=triton.next_power_of_2(num_heads_each),
         BLOCK=triton.next_power_of_2(head_dim // 2),
-        num_warps=1,
+        num_warps=num_warps,
     )
     return q
 
@@ -167,6 +254,90 @@ def fused_attend_suffix(
 def default_splits(batch: int) -> int:
     """More robots at a time keep a GPU busy with fewer shares of each."""
     return max(4, 14 // batch)
+
+
+def hopper_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    """`tiled_attend_prefix` on the GPUs for whose tensor cores and shared memory it is written; others' FlashAttention
+    is PyTorch's."""
+    attend = tiled_attend_prefix if _is_for_hopper(q) else flash_attend_prefix
+    return attend(q, cache, lengths)
+
+
+def hopper_attend_views(qkv: Tensor, num_heads: int) -> Tensor:
+    """`tiled_attend_views` on the same GPUs."""
+    attend = tiled_attend_views if _is_for_hopper(qkv) else attend_views
+    return attend(qkv, num_heads)
+
+
+def _is_for_hopper(x: Tensor) -> bool:
+    return x.dtype != torch.float32 and bool(triton.runtime.driver.active.get_current_target().arch == HOPPER)
+
+
+def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Tiles = PREFIX_TILES[0]) -> Tensor:
+    q = q.contiguous()
+    _, batch, capacity, kv_heads, head_dim = cache.shape
+    out = torch.empty_like(q)
+    keys_values = cache.view(-1, kv_heads * head_dim)
+    _launch_tiled(q, keys_values, lengths, out, capacity, kv_heads, (0, 0), (batch * capacity, 0), tiles)
+    return out
+
+
+def tiled_attend_views(qkv: Tensor, num_heads: int, *, tiles: Tiles = VIEW_TILES[0]) -> Tensor:
+    views, tokens, width = qkv.shape
+    heads = qkv.contiguous().view(views, tokens, 3 * num_heads, -1)
+    out = qkv.new_empty(views, tokens, num_heads, heads.shape[-1])
+    columns = width // 3
+    _launch_tiled(
+        heads, heads.flatten(2).flatten(0, 1), None, out, tokens, num_heads, (0, columns), (0, 2 * columns), tiles
+    )
+    return out.flatten(2)
+
+
+def _launch_tiled(
+    q: Tensor,
+    keys_values: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    capacity: int,
+    kv_heads: int,
+    first_key: tuple[int, int],
+    first_value: tuple[int, int],
+    tiles: Tiles,
+) -> None:
+    """FlashAttention whose rows are the (token, head) pairs that share a key head (Dao, FlashAttention-2).
+
+    Args:
+        q: (B, T, at least N, h).
+        keys_values: a matrix, whose rows are the B times `capacity` keys and values, and that has at `first_key` and
+            at `first_value` the first element of the first of each.
+        lengths: None if all keys are valid.
+        out: (B, T, N, h).
+    """
+    batch, tokens, num_heads, head_dim = out.shape
+    rows = tokens * (num_heads // kv_heads)
+    if q.dtype == torch.float32:
+        tiles = Tiles(32, 16, 8, 2)  # as in `fused_attend_suffix`
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    _tiled_attend_kernel[(triton.cdiv(rows, tiles.rows), batch * kv_heads)](
+        q,
+        TensorDescriptor(keys_values, [*keys_values.shape], [*keys_values.stride()], [tiles.keys, block_dim]),
+        lengths,
+        out,
+        rows,
+        q.shape[2] * head_dim,
+        capacity,
+        *first_key,
+        *first_value,
+        head_dim**-0.5 * LOG2_E,
+        NUM_HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_ROWS=tiles.rows,
+        BLOCK_KEYS=tiles.keys,
+        BLOCK_DIM=block_dim,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
 
 
 def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
@@ -397,10 +568,13 @@ FUSED = Ops(
     "fused",
     fused_rms_norm,
     fused_add_rms_norm,
+    fused_add_layer_norm,
+    addmm_gelu,
     fused_rotate_into_cache,
     fused_geglu,
     flash_attend_prefix,
     fused_attend_suffix,
+    attend_views,
     fused_quantise_rows,
     fused_stream,
     fused_norm_qkv,
@@ -454,6 +628,38 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _layer_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    factor_ptr,
+    shift_ptr,
+    total_ptr,
+    normed_ptr,
+    width,
+    EPSILON: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one row."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total = (x + y).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + at, total, mask=inside)
+    x = total.to(tl.float32)  # the norm is that of the rounded sum
+    x = tl.where(inside, x - tl.sum(x) / width, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x) / width + EPSILON)
+    if FACTOR:
+        x *= tl.load(factor_ptr + columns, mask=inside, other=0.0)
+    if SHIFT:
+        x += tl.load(shift_ptr + columns, mask=inside, other=0.0)
+    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
 def _rotate_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,
     cos_ptr,
@@ -469,32 +675,40 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    HEADS_EACH: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one head of one token."""
-    token, head = tl.program_id(0), tl.program_id(1)
+    """One program: some heads of one token."""
+    HEADS: tl.constexpr = NUM_HEADS + 2 * KV_HEADS
+    token = tl.program_id(0)
     row, column = token // tokens, token % tokens
-    i = tl.arange(0, BLOCK)
-    inside = i < HALF
-    source = qkv_ptr + (token.to(tl.int64) * (NUM_HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + i
+    h, i = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK)
+    is_dim = i < HALF
+    at = (row * rope_batch_stride + column) * HALF + i
+    cos = tl.load(cos_ptr + at, mask=is_dim, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + at, mask=is_dim, other=0.0)[None, :]
+    position = tl.load(positions_ptr + row * position_batch_stride + column)
+
+    head = tl.program_id(1) * HEADS_EACH + h
+    inside = ((h < HEADS_EACH) & (head < HEADS))[:, None] & is_dim[None, :]
+    source = qkv_ptr + token.to(tl.int64) * (HEADS * 2 * HALF) + head[:, None] * (2 * HALF) + i[None, :]
     first, second = tl.load(source, mask=inside, other=0.0), tl.load(source + HALF, mask=inside, other=0.0)
-    if head < NUM_HEADS + KV_HEADS:
-        at = (row * rope_batch_stride + column) * HALF + i
-        cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
-        sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
-        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-        first = (wide_first * cos - wide_second * sin).to(first.dtype)
-        second = (wide_second * cos + wide_first * sin).to(second.dtype)
-    if head < NUM_HEADS:
-        target = q_ptr + (token.to(tl.int64) * NUM_HEADS + head) * (2 * HALF) + i
-    else:
-        position = tl.load(positions_ptr + row * position_batch_stride + column)
-        kv_head = (head - NUM_HEADS) % KV_HEADS
-        target = cache_ptr + ((row.to(tl.int64) * capacity + position) * KV_HEADS + kv_head) * (2 * HALF) + i
-        if head >= NUM_HEADS + KV_HEADS:
-            target += values_offset
-    tl.store(target, first, mask=inside)
-    tl.store(target + HALF, second, mask=inside)
+    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+    rotates = (head < NUM_HEADS + KV_HEADS)[:, None]
+    first = tl.where(rotates, (wide_first * cos - wide_second * sin).to(first.dtype), first)
+    second = tl.where(rotates, (wide_second * cos + wide_first * sin).to(second.dtype), second)
+
+    is_query = (head < NUM_HEADS)[:, None]
+    target = q_ptr + token.to(tl.int64) * (NUM_HEADS * 2 * HALF) + head[:, None] * (2 * HALF) + i[None, :]
+    tl.store(target, first, mask=inside & is_query)
+    tl.store(target + HALF, second, mask=inside & is_query)
+    kv_head = (head - NUM_HEADS) % KV_HEADS
+    offset = tl.where(head < NUM_HEADS + KV_HEADS, 0, values_offset) + kv_head * (2 * HALF)
+    entry = cache_ptr + (row.to(tl.int64) * capacity + position) * (KV_HEADS * 2 * HALF)
+    target = entry + offset[:, None] + i[None, :]
+    tl.store(target, first, mask=inside & ~is_query)
+    tl.store(target + HALF, second, mask=inside & ~is_query)
 
 
 @jit
@@ -587,6 +801,66 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     )
     tl.store(weights_ptr + out_row, most, mask=is_row)
     tl.store(weights_ptr + tl.num_programs(2) * batch * KV_HEADS * rows + out_row, total, mask=is_row)
+
+
+@jit
+def _tiled_attend_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    keys_values,
+    lengths_ptr,
+    out_ptr,
+    rows,
+    q_stride,
+    capacity,
+    key_row,
+    key_column,
+    value_row,
+    value_column,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """One program: a block of the rows (token, head of the group) of one key head, against all of its keys.
+
+    `keys_values` is a descriptor: a block is fetched by its first element, past the valid keys and the head too, so
+    that no thread holds addresses. A key that is not valid has weight 0. `scale` turns products into logits of powers
+    of two.
+    """
+    GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    d = tl.arange(0, BLOCK_DIM)
+    is_dim = d < HEAD_DIM
+    is_element = (r < rows)[:, None] & is_dim[None, :]
+
+    # 64 bits for one number of the program, not for one of each thread, whose registers are full of sums.
+    first_token = b.to(tl.int64) * (rows // GROUP)
+    head_at = ((kv * GROUP + r % GROUP) * HEAD_DIM)[:, None] + d[None, :]
+    q_at = (r // GROUP * q_stride)[:, None] + head_at
+    q = tl.load(q_ptr + first_token * q_stride + q_at, mask=is_element, other=0.0)
+    length = capacity if lengths_ptr is None else tl.load(lengths_ptr + b)
+    most = tl.full([BLOCK_ROWS], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    found = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for first in range(0, length, BLOCK_KEYS):
+        at = b * capacity + first
+        keys = keys_values.load([key_row + at, key_column + kv * HEAD_DIM])
+        logits = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        logits = tl.where((first + tl.arange(0, BLOCK_KEYS) < length)[None, :], logits, -1e30)
+        highest = tl.maximum(most, tl.max(logits, 1) * scale)
+        weights = tl.exp2(logits * scale - highest[:, None])
+        shrink = tl.exp2(most - highest)
+        total = total * shrink + tl.sum(weights, 1)
+        values = keys_values.load([value_row + at, value_column + kv * HEAD_DIM])
+        found = tl.dot(weights.to(values.dtype), values, found * shrink[:, None], input_precision="ieee")
+        most = highest
+    attended = (found / total[:, None]).to(out_ptr.dtype.element_ty)
+    out_at = (r // GROUP * (NUM_HEADS * HEAD_DIM))[:, None] + head_at
+    tl.store(out_ptr + first_token * (NUM_HEADS * HEAD_DIM) + out_at, attended, mask=is_element)
 
 
 @jit

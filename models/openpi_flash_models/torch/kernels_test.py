@@ -4,6 +4,7 @@ Triton decides when it is imported whether it interprets, so that these tests ru
 last one starts.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -32,7 +33,18 @@ def config(*, num_kv_heads=1, head_dim=10):
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "add_rms_norm", "rotate_into_cache", "geglu", "attend_suffix", "quantise_rows"]
+    "op",
+    [
+        "rms_norm",
+        "add_rms_norm",
+        "add_layer_norm",
+        "linear_gelu",
+        "rotate_into_cache",
+        "geglu",
+        "attend_suffix",
+        "attend_views",
+        "quantise_rows",
+    ],
 )
 def test_a_wrong_kernel_is_found(op):
     def wrong(*arguments):
@@ -63,12 +75,37 @@ if INTERPRETED:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("sizes", [{}, {"num_kv_heads": 2, "head_dim": 16}, {"num_kv_heads": 4}], ids=str)
     def test_every_kernel_gives_what_plain_pytorch_gives(dtype, sizes):
-        # FlashAttention is PyTorch's own, and no CPU has it.
-        fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix)
+        # FlashAttention and cuBLASLt's GELU are PyTorch's own, and no CPU has them.
+        fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix, linear_gelu=plain.linear_gelu)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
             products = ("attend_prefix", "attend_suffix", "norm_qkv", "norm_geglu", "project_add")
             fused = fused._replace(**{name: getattr(plain.REFERENCE, name) for name in products})
         assert selection.mismatches(fused, config(**sizes), CPU, dtype) == {}
+
+    @pytest.mark.parametrize("num_heads_each", [2, 3, 6])
+    def test_rotations_are_the_same_however_many_heads_a_program_has(num_heads_each):
+        rotate = functools.partial(kernels.fused_rotate_into_cache, num_heads_each=num_heads_each)
+        fused = plain.REFERENCE._replace(rotate_into_cache=rotate)
+        for sizes in ({}, {"num_kv_heads": 2, "head_dim": 16}):
+            assert selection.mismatches(fused, config(**sizes), CPU, torch.bfloat16) == {}
+
+    @pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"num_kv_heads": 2, "head_dim": 20}], ids=str)
+    def test_tiled_attention_gives_what_plain_pytorch_gives(sizes):
+        fused = plain.REFERENCE._replace(
+            attend_prefix=kernels.tiled_attend_prefix, attend_views=kernels.tiled_attend_views
+        )
+        assert selection.mismatches(fused, config(**sizes), CPU, torch.float32) == {}
+
+    @pytest.mark.parametrize("length", [1, 16, 33, 80])
+    def test_tiled_attention_sees_the_valid_keys_and_no_other(length):
+        generator = torch.Generator().manual_seed(0)
+        q, cache = torch.randn(2, 80, 4, 16, generator=generator), torch.randn(2, 2, 90, 2, 16, generator=generator)
+        lengths = torch.tensor([length, 80], dtype=torch.int32)
+        expected = plain.attend_prefix(q, cache, lengths)
+        cache[:, 0, length:] = 1e3  # finite, as a cache is
+        cache[:, 1, 80:] = 1e3
+        actual = kernels.tiled_attend_prefix(q, cache, lengths)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("splits", [1, 3, 16])
     @pytest.mark.parametrize("length", [1, 33, 97])

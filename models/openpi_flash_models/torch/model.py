@@ -319,9 +319,11 @@ class VisionTower(nn.Module):
 
     def encode(self, x: Tensor, ops: Ops) -> Tensor:
         """The blocks and the final norm."""
+        normed = standardise(x)
         for block in self.blocks:
-            x = block(x, ops)
-        return self.norm(x.float()).to(x.dtype)
+            scale, bias = (self.norm.weight, self.norm.bias) if block is self.blocks[-1] else (None, None)
+            x, normed = block(x, normed, ops, scale, bias)
+        return normed
 
 
 class VisionBlock(nn.Module):
@@ -335,12 +337,18 @@ class VisionBlock(nn.Module):
         self.fc1 = Linear(config.width, config.mlp_dim, bias=True, dtype=dtype)
         self.fc2 = Linear(config.mlp_dim, config.width, bias=True, dtype=dtype)
 
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        q, k, v = self.qkv(standardise(x), ops).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.out(attended, ops)
-        return x + self.fc2(F.gelu(self.fc1(standardise(x), ops), approximate="tanh"), ops)
+    def forward(
+        self, x: Tensor, normed: Tensor, ops: Ops, scale: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(views, tokens, width) tokens and their norm to those behind the block, whose norm has a scale and a bias."""
+        x, normed = ops.add_layer_norm(x, self.attend(normed, ops), None, None)
+        return ops.add_layer_norm(x, self.mlp(normed, ops), scale, bias)
+
+    def attend(self, x: Tensor, ops: Ops) -> Tensor:
+        return self.out(ops.attend_views(self.qkv(x, ops), self.num_heads), ops)
+
+    def mlp(self, x: Tensor, ops: Ops) -> Tensor:
+        return self.fc2(self.fc1.gelu(x, ops), ops)
 
 
 class GemmaLayer(nn.Module):
@@ -390,6 +398,12 @@ class Linear(nn.Module):
             quantised, weight.t(), row_scale, scale[-last:].t(), bias, out_dtype=x.dtype, use_fast_accum=x.is_cuda
         )
         return product.view(*x.shape[:-1], -1)
+
+    def gelu(self, x: Tensor, ops: Ops) -> Tensor:
+        """(…, in) to GELU of (…, out)."""
+        if self.scale is not None or self.bias is None:
+            return F.gelu(self(x, ops), approximate="tanh")
+        return ops.linear_gelu(x, self.weight, self.bias)
 
     def quantise(self) -> None:
         """Keeps the matrix in FP8, with one float32 scale (out, 1) for each row: half the memory, twice the rate."""

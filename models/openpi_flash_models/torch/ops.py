@@ -80,12 +80,16 @@ class Ops(NamedTuple):
         name: `reference` or `fused`.
         rms_norm: (x (B, T, W), factor (W,), shift (W,)) to x over its root mean square, times factor, plus shift.
         add_rms_norm: (x, y, gate (W,), factor, shift) to x + y·gate, rounded to the dtype of x, and the norm of that.
+        add_layer_norm: (x, y, factor, shift) to x + y, rounded to the dtype of x, and that less its mean and over its
+            standard deviation, times factor, plus shift.
+        linear_gelu: (x (…, in), weight (out, in), bias (out,)) to gelu(x·weightᵀ + bias), (…, out).
         rotate_into_cache: (qkv (B, T, (N+2K)·h), rope, positions (B or 1, T), cache) to the rotated queries
             (B, T, N, h); writes the rotated keys and the values to their positions of the cache (2, B, C, K, h).
         geglu: (B, T, 2W), gate and up, to gelu(gate)·up, (B, T, W).
         attend_prefix: (q (B, T, N, h), cache, lengths (B,) int32) to (B, T, N, h): each row attends to the first
             `lengths` entries of its cache, of which there are at most T.
         attend_suffix: the same, for few queries and however many entries.
+        attend_views: (qkv (V, T, 3·N·h), N) to (V, T, N·h): every token of a view attends to all of that view.
         quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
         stream: (x (B, T, W), the `Norm` it meets next) to a `Stream`.
         norm_qkv: (stream, the `Norm` it meets, weight ((N+2K)·h, W), span, cache): `rotate_into_cache` of the product
@@ -98,10 +102,13 @@ class Ops(NamedTuple):
     name: str
     rms_norm: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     rotate_into_cache: Callable[[Tensor, Rope, Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor], Tensor]
     attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend_suffix: Callable[..., Tensor]
+    attend_views: Callable[[Tensor, int], Tensor]
     quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     stream: Callable[[Tensor, Norm], Stream]
     norm_qkv: Callable[..., Tensor]
@@ -134,6 +141,15 @@ def add_rms_norm(
 
 def add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return x + y if gate is None else (x + y * gate).to(x.dtype)
+
+
+def add_layer_norm(x: Tensor, y: Tensor, factor: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, F.layer_norm(x.float(), x.shape[-1:], factor, shift, NORM_EPSILON).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def rotate_into_cache(qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor) -> Tensor:
@@ -181,6 +197,12 @@ def attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, ahead: Tensor | 
     return attend(q, cache, lengths)
 
 
+def attend_views(qkv: Tensor, num_heads: int) -> Tensor:
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
@@ -212,10 +234,13 @@ REFERENCE = Ops(
     "reference",
     rms_norm,
     add_rms_norm,
+    add_layer_norm,
+    linear_gelu,
     rotate_into_cache,
     geglu,
     attend_prefix,
     attend_suffix,
+    attend_views,
     quantise_rows,
     stream,
     norm_qkv,
