@@ -1,9 +1,9 @@
 """Reads a checkpoint into the JAX model's weights: the name and shape of each array, and the leaves it is packed from.
 
 Matrices that multiply the same input lie side by side: queries, keys and values in `qkv`, gate and up in `gate_up`.
-Layers of one kind are a stack on a CPU, and a list everywhere else. Through a stack goes a loop, which is compiled once
-whatever its length; an accelerator copies each layer out of it before it can multiply by it, and starts the kernels of
-the loop one by one. Through a list goes straight-line code, which it reads where it is and starts as one graph.
+Layers of one kind are a stack on a CPU, and a list everywhere else. Through a stack goes a loop, compiled once whatever
+its length, but XLA may copy each layer out of the stack before it multiplies by it, and records no loop in a CUDA graph.
+Through a list goes straight-line code, which reads each matrix where it is and can be recorded.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -12,7 +12,6 @@ from openpi_flash_models.checkpoints.orbax_source import open_jax_source
 from openpi_flash_models.errors import InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.images import resize_with_pad
-from openpi_flash_models.planner import decoder
 from openpi_flash_models.planner.config import PI05_SUBTASK, load_planner_config
 from openpi_flash_models.planner.decoder import Decoder, load_decoder
 from openpi_flash_models.planner.planner import GenerationOptions, PlanKey, Planner, assemble
