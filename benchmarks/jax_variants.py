@@ -11,7 +11,6 @@ the first variant. On a CPU a tiny model shows that all of it runs.
 
 import argparse
 import functools
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -92,7 +91,7 @@ def main() -> None:
                 decoder = Decoder(config, vlm, device, allowed, options=options)
                 time_planner(variant, config, decoder)
                 if args.profile:
-                    profile(lambda decoder=decoder: write(decoder, planner_batch(config)))
+                    profile(functools.partial(write, decoder, planner_batch(config)))
         except Exception as error:  # the next one may do
             say(f"{variant}: {type(error).__name__}: {str(error)[:400]}")
 
@@ -210,4 +209,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
