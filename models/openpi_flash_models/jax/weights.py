@@ -2,7 +2,7 @@
 
 Matrices that multiply the same input lie side by side: queries, keys and values in `qkv`, gate and up in `gate_up`.
 Layers of one kind are a stack on a CPU, and a list everywhere else. Through a stack goes a loop, compiled once whatever
-its length, but XLA may copy each layer out of the stack before it multiplies by it, and records no loop in a CUDA graph.
+its length, but XLA may copy each layer out of the stack before multiplying by it, and records no loop in a CUDA graph.
 Through a list goes straight-line code, which reads each matrix where it is and can be recorded.
 """
 
