@@ -133,8 +133,8 @@ class Unrolled:
         def run(weights, inputs, sampling, allowed):
             prefix, written = decode.start(loaded.config, weights, inputs, sampling, allowed)
             for _ in range(most - 1):
-                hidden, cache = decode.forward(loaded.config, weights, prefix, written)
-                written = written._replace(logits=decode.tied_logits(weights, hidden), cache=cache)
+                hidden, caches = decode.forward(loaded.config, weights, prefix, written)
+                written = written._replace(logits=decode.tied_logits(weights, hidden), caches=caches)
                 written = decode.write(written, sampling, allowed)
             return written.tokens
 

@@ -1,21 +1,21 @@
 """Attention, and by what it is computed.
 
 `attend_all` is for tokens that see each other, many queries at once: on an NVIDIA GPU cuDNN's fused kernel, where it
-takes the shapes, and einsums everywhere else. `attend` is for few queries over keys that lie in several places, the
-prefix's and their own: einsums, for no fused kernel leaves the places apart.
+takes the shapes, and einsums everywhere else. `attend` is for few queries over many keys, the prefix's above all:
+einsums, for so few queries fill no fused kernel.
 """
 
 import functools
 import logging
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Part = tuple[Array, Array, Array | None]
-"""Keys and values that lie in one place, and which of them may be attended to; see `attend`."""
+KEYS_MULTIPLE = 16
+"""What the number of keys of `attend` should be a multiple of. cuBLAS wants the rows of a matrix, here of attention
+weights, 16 bytes or a multiple apart: for others it has slower kernels, or XLA pads the matrix at each use."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def attend_all(q: Array, keys: Array, values: Array, lengths: Array | None) -> A
 
 def attend_by_einsum(q: Array, keys: Array, values: Array, lengths: Array | None) -> Array:
     mask = None if lengths is None else (jnp.arange(q.shape[1]) < lengths[:, None])[:, None, None, None, :]
-    return attend(q, [(keys, values, mask)])
+    return attend(q, keys, values, mask)
 
 
 def attend_fused(
@@ -64,32 +64,26 @@ def is_fused(heads: tuple[int, int], num_kv_heads: int, dtype: str) -> bool:
     return True
 
 
-def attend(q: Array, parts: Sequence[Part]) -> Array:
-    """Attention of queries (B, T, N, h) over keys that lie in several places, without bringing them together.
+def attend(q: Array, keys: Array, values: Array, mask: Array | None) -> Array:
+    """Attention of queries over keys: two products, and one softmax in float32.
 
     Args:
-        q: queries; head n reads key/value head n // (N/K).
-        parts: keys and values (B, S, K, h) and what may be attended to, broadcastable to (B, K, N/K, T, S), or None.
-            Every query must be allowed some key.
+        q: (B, T, N, h); head n reads key/value head n // (N/K).
+        keys: (B, S, K, h).
+        values: (B, S, K, h).
+        mask: what may be attended to, broadcastable to (B, K, T, N/K, S); None: everything. Every query must be allowed
+            some key.
 
     Returns:
         (B, T, N·h) in the dtype of q.
     """
     batch, length, num_heads, head_dim = q.shape
-    q = q.reshape(batch, length, parts[0][0].shape[2], -1, head_dim)
-    logits = []
-    for keys, _, mask in parts:
-        part = einsum("btkgh,bskh->bkgts", q, keys) * head_dim**-0.5
-        logits.append(part if mask is None else jnp.where(mask, part, -jnp.inf))
-    # Softmax over all parts at once: they share the maximum and the sum.
-    top = lax.stop_gradient(functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
-    weights = [jnp.exp(part - top) for part in logits]
-    total = functools.reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
-    mixed = [
-        einsum("bkgts,bskh->btkgh", (part / total).astype(q.dtype), values)
-        for part, (_, values, _) in zip(weights, parts, strict=True)
-    ]
-    return functools.reduce(jnp.add, mixed).astype(q.dtype).reshape(batch, length, num_heads * head_dim)
+    q = q.reshape(batch, length, keys.shape[2], -1, head_dim)
+    # Tokens before heads: where all heads read one key/value head, nothing is moved for the products, nor after them.
+    logits = einsum("btkgh,bskh->bktgs", q, keys) * head_dim**-0.5
+    weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf)).astype(q.dtype)
+    mixed = jnp.einsum("bktgs,bskh->btkgh", weights, values, precision=precision_of(values))
+    return mixed.reshape(batch, length, num_heads * head_dim)
 
 
 def einsum(subscripts: str, one: Array, other: Array) -> Array:
@@ -104,3 +98,8 @@ def precision_of(factor: Array) -> lax.Precision | None:
     it, nor tries which of the two is faster.
     """
     return lax.Precision.DEFAULT if factor.dtype == jnp.bfloat16 else None
+
+
+def num_padding(num_keys: int) -> int:
+    """Keys to add to so many, so that they are a multiple of `KEYS_MULTIPLE`."""
+    return -num_keys % KEYS_MULTIPLE

@@ -22,7 +22,7 @@ from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.golden.cases import prepared_request, read_case
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.jax import model
-from openpi_flash_models.jax.compilation import keep_programs
+from openpi_flash_models.jax.compilation import GPU_OPTIONS, keep_programs, known_options
 from openpi_flash_models.jax.weights import FLOAT32, abstract_weights, slots
 from openpi_flash_models.request import assemble
 
@@ -35,9 +35,9 @@ def full_size(model_type):
     return ModelConfig(model_type=model_type, max_token_len=48 if model_type is ModelType.PI0 else 200)
 
 
-def abstract_run(config, num_steps):
+def abstract_run(config, num_steps, *, stacked=True):
     """What `sample_actions` takes of a full-size model, as shapes."""
-    weights = abstract_weights(config, BFLOAT16)
+    weights = abstract_weights(config, BFLOAT16, stacked=stacked)
     time_weights = weights.pop("time")
     embeddings = jax.ShapeDtypeStruct((num_steps, 1024), jnp.float32)
     schedule = jax.eval_shape(functools.partial(model.make_schedule, config), time_weights, embeddings)
@@ -63,21 +63,22 @@ def test_a_full_size_model_reads_exactly_openpis_leaves(model_type):
     assert held == sum(map(math.prod, openpi.values()))
 
 
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("model_type", ModelType)
-def test_a_full_size_model_has_the_right_shapes_throughout(model_type):
+def test_a_full_size_model_has_the_right_shapes_throughout(model_type, stacked):
     config = full_size(model_type)
-    actions = jax.eval_shape(functools.partial(model.sample_actions, config), *abstract_run(config, num_steps=10))
+    arguments = abstract_run(config, num_steps=10, stacked=stacked)
+    actions = jax.eval_shape(functools.partial(model.sample_actions, config), *arguments)
     assert actions.shape == (1, 50, 32)
     assert actions.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("model_type", ModelType)
-def test_more_steps_are_no_more_code(model_type):
+def test_more_steps_are_no_more_code(model_type, stacked):
     config = full_size(model_type)
-    programs = [
-        str(jax.make_jaxpr(functools.partial(model.sample_actions, config))(*abstract_run(config, num_steps)))
-        for num_steps in (2, 50)
-    ]
+    run = functools.partial(model.sample_actions, config)
+    programs = [str(jax.make_jaxpr(run)(*abstract_run(config, steps, stacked=stacked))) for steps in (2, 50)]
     assert len(programs[0].splitlines()) == len(programs[1].splitlines())
 
 
@@ -180,3 +181,16 @@ def test_a_cache_that_cannot_be_made_is_an_error_where_it_was_asked_for(tmp_path
         keep_programs(gpu, tmp_path / "file/x", None)
     keep_programs(gpu, None, tmp_path / "file")
     assert "are not kept" in caplog.text
+
+
+def test_options_that_xla_does_not_know_are_left_out(caplog):
+    cpu = jax.devices("cpu")[0]
+    wanted = {"xla_gpu_graph_min_graph_size": 3, "xla_gpu_of_another_version": True}
+    assert known_options(cpu, wanted) == {"xla_gpu_graph_min_graph_size": 3}
+    assert "does not take the option xla_gpu_of_another_version=True" in caplog.text
+    assert known_options(cpu) == {}
+
+
+def test_the_installed_xla_knows_a_gpus_options():
+    """By name: what they do, only a GPU shows."""
+    assert known_options(jax.devices("cpu")[0], GPU_OPTIONS) == GPU_OPTIONS

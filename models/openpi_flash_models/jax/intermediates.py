@@ -40,9 +40,11 @@ def _trace(
         found |= {f"vit_{name}": x.reshape(batch_size, num_views, *x.shape[1:]) for name, x in vision.items()}
     prefix = (inputs.images, inputs.tokens, inputs.token_mask)
     found["prefix_embeds"], valid = model.embed_prefix(config, weights, *prefix)
-    cache, x = model.prefix_forward(config, weights, found["prefix_embeds"], valid)
-    out = model.prefix_output(config, weights, x, jnp.arange(x.shape[1])[None], cache=cache, valid=valid)
-    found |= {"prefix_out": out, "prefix_k": cache.keys, "prefix_v": cache.values}
+    caches, x = model.prefix_forward(config, weights, found["prefix_embeds"], valid)
+    out = model.prefix_output(config, weights, x, jnp.arange(x.shape[1])[None], caches=caches, valid=valid)
+    if isinstance(caches, list):
+        caches = jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+    found |= {"prefix_out": out, "prefix_k": caches.keys, "prefix_v": caches.values}
 
     schedule, context = model.make_schedule(config, time_weights, embeddings), model.prepare(config, weights, inputs)
     if config.is_pi05:

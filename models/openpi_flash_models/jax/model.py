@@ -1,7 +1,8 @@
 """pi0 and pi0.5 in JAX, inference only: everything from camera images to an action chunk, as functions of the weights.
 
 Reads from the top: `sample_actions` is the whole computation, and every function below it is one of its parts. The
-weights are nested dicts of arrays, layers stacked on axis 0 (weights.py lists them). The arithmetic follows SPEC §1.
+weights are nested dicts of arrays, layers of one kind stacked on axis 0 or each on its own (weights.py lists them, and
+says which when). The arithmetic follows SPEC §1.
 Shapes: B batch, V views, S prefix tokens, n suffix tokens, H action horizon, A action_dim, D VLM width, E expert width,
 N query heads, K key/value heads, h head_dim, L layers.
 
@@ -12,7 +13,7 @@ state and time are in float32.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,12 @@ from jax import Array, lax
 
 from openpi_flash_models import flow, realtime
 from openpi_flash_models.config import GemmaConfig, ModelConfig
-from openpi_flash_models.jax.attention import Part, attend, attend_all, precision_of
+from openpi_flash_models.jax.attention import attend, attend_all, num_padding, precision_of
 from openpi_flash_models.pixels import PIXEL_VALUES
 
 Weights = dict[str, Any]
+Layers = Weights | list[Weights]
+"""The layers of one kind: a stack, whose arrays have them on axis 0, or a list. See `through_layers`."""
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-6
@@ -56,10 +59,14 @@ class Schedule(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of all layers, each (L, B, T, K, h)."""
+    """Keys (rotated) and values of one layer, each (B, T, K, h), or of a stack of layers, (L, B, T, K, h)."""
 
     keys: Array
     values: Array
+
+
+Caches = Cache | list[Cache]
+"""Those of all layers, as the layers are: a stack, or a list."""
 
 
 class Rope(NamedTuple):
@@ -73,15 +80,15 @@ class Context(NamedTuple):
     """What the suffix tokens of one batch meet in every flow step.
 
     Attributes:
-        cache: of the prefix.
-        valid: (B, S) bool, the prefix tokens that may be attended to.
+        caches: of the prefix.
+        mask: what suffix tokens may attend to, see `suffix_mask`.
         rope: rotation of the suffix tokens.
         state_token: (B, 1, E) float32 in pi0; None in pi0.5.
         committed: actions that are not for the flow to change; None: all are.
     """
 
-    cache: Cache
-    valid: Array
+    caches: Caches
+    mask: Array
     rope: Rope
     state_token: Array | None
     committed: "Committed | None" = None
@@ -165,9 +172,10 @@ def sample_guided(
 def prepare(config: ModelConfig, weights: Weights, inputs: Inputs) -> Context:
     """All of the work that is done once per batch, whatever the number of flow steps."""
     prefix, valid = embed_prefix(config, weights, inputs.images, inputs.tokens, inputs.token_mask)
-    cache, _ = prefix_forward(config, weights, prefix, valid)
+    caches, _ = prefix_forward(config, weights, prefix, valid)
     rope = rope_table(valid.sum(1)[:, None] + jnp.arange(config.suffix_len), config.expert.head_dim)
-    return Context(cache, valid, rope, None if config.is_pi05 else linear(weights, "state_proj", inputs.state)[:, None])
+    state_token = None if config.is_pi05 else linear(weights, "state_proj", inputs.state)[:, None]
+    return Context(caches, suffix_mask(config, valid), rope, state_token)
 
 
 def embed_prefix(
@@ -197,7 +205,7 @@ def embed_images(config: ModelConfig, weights: Weights, images: Array) -> Array:
 
 
 def project(vision: Weights, x: Array) -> Array:
-    return dot(x, numbers(vision["projector"])) + numbers(vision["projector_bias"])
+    return dot(x, vision["projector"], vision["projector_bias"])
 
 
 def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
@@ -214,22 +222,21 @@ def embed_patches(config: ModelConfig, vision: Weights, images: Array) -> Array:
 
 def encode_patches(config: ModelConfig, vision: Weights, x: Array) -> Array:
     """The blocks of the vision tower and its final norm."""
-    layers = jnp.arange(config.vision.depth)
-    x, _ = lax.scan(lambda x, i: (vision_block(config, layer_at(vision["blocks"], i), x), None), x, layers)
+    x, _ = through_layers(lambda x, block: (vision_block(config, block, x), None), x, vision["blocks"])
     return layer_norm(x, vision["norm_scale"], vision["norm_bias"])
 
 
 def vision_block(config: ModelConfig, block: Weights, x: Array) -> Array:
     normed = layer_norm(x, block["norm1_scale"], block["norm1_bias"])
-    qkv = (dot(normed, block["qkv"]) + block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
+    qkv = dot(normed, block["qkv"], block["qkv_bias"]).reshape(*x.shape[:2], 3, config.vision.num_heads, -1)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    x = x + dot(attend_all(q, k, v, None), block["out"]) + block["out_bias"]
+    x = x + dot(attend_all(q, k, v, None), block["out"], block["out_bias"])
     normed = layer_norm(x, block["norm2_scale"], block["norm2_bias"])
-    inner = jax.nn.gelu(dot(normed, block["fc1"]) + block["fc1_bias"], approximate=True)
-    return x + dot(inner, block["fc2"]) + block["fc2_bias"]
+    inner = jax.nn.gelu(dot(normed, block["fc1"], block["fc1_bias"]), approximate=True)
+    return x + dot(inner, block["fc2"], block["fc2_bias"])
 
 
-def prefix_forward(config: ModelConfig, weights: Weights, x: Array, valid: Array) -> tuple[Cache, Array]:
+def prefix_forward(config: ModelConfig, weights: Weights, x: Array, valid: Array) -> tuple[Caches, Array]:
     """Runs the VLM over the prefix, up to the keys and values of its last layer: the actions need no more.
 
     Args:
@@ -239,21 +246,25 @@ def prefix_forward(config: ModelConfig, weights: Weights, x: Array, valid: Array
         valid: (B, S) bool.
 
     Returns:
-        The cache of the S prefix tokens, and the tokens before the last layer (B, S, D), for `prefix_output`.
+        The caches of the S prefix tokens, and the tokens before the last layer (B, S, D), for `prefix_output`.
     """
     gemma, layers = config.vlm, weights["vlm_layers"]
     rope, lengths = rope_table(jnp.arange(x.shape[1])[None], gemma.head_dim), valid.sum(1, dtype=jnp.int32)
+
+    def mix(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
+        return attend_all(q, k, v, lengths), Cache(k, v)
+
     last = gemma.depth - 1
-    x, cache = lax.scan(
-        lambda x, i: vlm_layer(gemma, layer_at(layers, i), x, rope, lengths=lengths), x, jnp.arange(last)
-    )
-    layer = layer_at({name: layers[name] for name in ("norm1", "qkv")}, last)
-    last_cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
-    return jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), cache, last_cache), x
+    x, caches = through_layers(lambda x, layer: vlm_layer(gemma, layer, x, rope, mix), x, layers, count=last)
+    layer = layer_at(layers, last)
+    cache = Cache(*project_kv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
+    if isinstance(caches, list):
+        return [*caches, cache], x
+    return jax.tree.map(lambda most, one: jnp.concatenate([most, one[None]]), caches, cache), x
 
 
 def prefix_output(
-    config: ModelConfig, weights: Weights, x: Array, positions: Array, *, cache: Cache, valid: Array
+    config: ModelConfig, weights: Weights, x: Array, positions: Array, *, caches: Caches, valid: Array
 ) -> Array:
     """The VLM's final-normed output (B, n, D) at some tokens of the prefix.
 
@@ -262,32 +273,34 @@ def prefix_output(
         weights: of the whole model.
         x: (B, n, D) these tokens before the last layer.
         positions: (B or 1, n), theirs.
-        cache: of the prefix.
+        caches: of the prefix.
         valid: (B, S) bool.
     """
-    gemma, layer = config.vlm, layer_at(weights["vlm_layers"], config.vlm.depth - 1)
+    gemma, last = config.vlm, config.vlm.depth - 1
+    layer, cache = layer_at(weights["vlm_layers"], last), layer_at(caches, last)
     q, _, _ = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope_table(positions, gemma.head_dim))
-    x = x + dot(attend(q, [(cache.keys[-1], cache.values[-1], valid[:, None, None, None, :])]), layer["out"])
+    x = x + dot(attend(q, cache.keys, cache.values, valid[:, None, None, None, :]), layer["out"])
     return rms_norm(x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), 1 + weights["vlm_norm"])
 
 
 def vlm_layer(
-    gemma: GemmaConfig,
-    layer: Weights,
-    x: Array,
-    rope: Rope,
-    *,
-    lengths: Array | None = None,
-    earlier: Sequence[Part] = (),
+    gemma: GemmaConfig, layer: Weights, x: Array, rope: Rope, mix: Callable[[Array, Array, Array], tuple[Array, Cache]]
 ) -> tuple[Array, Cache]:
-    """One layer of the VLM over tokens (B, T, D), which see `earlier` ones, or else the first `lengths` of each other.
+    """One layer of the VLM over tokens (B, T, D).
+
+    Args:
+        gemma: sizes.
+        layer: its weights.
+        x: the tokens.
+        rope: their rotation.
+        mix: attention: of their queries, keys and values, its output (B, T, N·h), and the keys and values to keep.
 
     Returns:
-        The tokens after it, and their keys and values (B, T, K, h).
+        The tokens after it, and what `mix` keeps.
     """
-    q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope)
-    x = x + dot(attend(q, [*earlier, (k, v, None)]) if earlier else attend_all(q, k, v, lengths), layer["out"])
-    return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), Cache(k, v)
+    mixed, cache = mix(*project_qkv(gemma, layer["qkv"], rms_norm(x, 1 + layer["norm1"]), rope))
+    x = x + dot(mixed, layer["out"])
+    return x + mlp(layer, rms_norm(x, 1 + layer["norm2"])), cache
 
 
 def velocity(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
@@ -313,8 +326,6 @@ def embed_suffix(weights: Weights, x: Array, step: Schedule, context: Context) -
 def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedule, context: Context) -> Array:
     """Runs the action expert over the suffix tokens; returns its final-normed output (B, n, E)."""
     gemma, committed = config.expert, context.committed
-    prefix_mask = context.valid[:, None, None, None, :]
-    own_mask = suffix_mask(config)
     done = None if committed is None else committed.done
     if committed is not None:
         is_done = jnp.pad(committed.mask, ((0, 0), (config.suffix_len - config.action_horizon, 0), (0, 0)))
@@ -323,30 +334,38 @@ def suffix_forward(config: ModelConfig, weights: Weights, x: Array, step: Schedu
         """Rows (k, E) of a schedule as tokens meet them: (k, B, n, E) where some are done, for whom others hold."""
         return rows if rows_done is None else jnp.where(is_done, rows_done[:, None, None], rows[:, None, None])
 
-    # Where this is differentiated no layer's weights are kept for the way back: products are, the rest is done again.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
-    def layer_step(x: Array, slices: tuple[Array, Array, Array | None, Cache]) -> tuple[Array, None]:
-        i, modulation, modulation_done, prefix = slices
-        layer = layer_at(weights["expert_layers"], i)
+    def behind(prefix: Array, own: Array) -> Array:
+        """Keys or values of the suffix tokens behind those of the prefix, as `suffix_mask` has them."""
+        padding = context.mask.shape[-1] - prefix.shape[1] - own.shape[1]
+        return jnp.concatenate([prefix, jnp.pad(own, ((0, 0), (0, padding), (0, 0), (0, 0)))], 1)
+
+    def layer_step(
+        x: Array, layer: Weights, modulation: Array, modulation_done: Array | None, prefix: Cache
+    ) -> tuple[Array, None]:
         parts = [of_tokens(modulation[k], None if modulation_done is None else modulation_done[k]) for k in range(2)]
         factor, shift, gate = parts[0]
         q, k, v = project_qkv(gemma, layer["qkv"], rms_norm(x, factor, shift), context.rope)
-        attended = attend(q, [(prefix.keys, prefix.values, prefix_mask), (k, v, own_mask)])
+        attended = attend(q, behind(prefix.keys, k), behind(prefix.values, v), context.mask)
         x = (x + dot(attended, layer["out"]) * gate).astype(x.dtype)
         factor, shift, gate = parts[1]
         return (x + mlp(layer, rms_norm(x, factor, shift)) * gate).astype(x.dtype), None
 
-    layers = (jnp.arange(gemma.depth), step.modulation, None if done is None else done.modulation, context.cache)
-    x, _ = lax.scan(layer_step, x, layers)
+    along = (step.modulation, None if done is None else done.modulation, context.caches)
+    x, _ = through_layers(layer_step, x, weights["expert_layers"], *along)
     factor, shift = of_tokens(step.final_modulation, None if done is None else done.final_modulation)
     return rms_norm(x, factor, shift)
 
 
-def suffix_mask(config: ModelConfig) -> Array | None:
-    """What suffix tokens see of each other, (n, n): all, except that pi0's state token sees no action. None is all."""
-    if config.is_pi05:
-        return None
-    return jnp.ones((config.suffix_len, config.suffix_len), bool).at[0, 1:].set(False)
+def suffix_mask(config: ModelConfig, valid: Array) -> Array:
+    """What suffix tokens may attend to: (B, 1, 1 or n, 1, keys) bool, of keys those of the prefix, theirs, and padding.
+
+    Of each other they see all, except that pi0's state token sees no action.
+    """
+    (batch, prefix_len), length = valid.shape, config.suffix_len
+    own = jnp.ones((1, length), bool) if config.is_pi05 else jnp.ones((length, length), bool).at[0, 1:].set(False)
+    own = jnp.pad(own, ((0, 0), (0, num_padding(prefix_len + length))))
+    parts = (jnp.broadcast_to(part, (batch, len(own), part.shape[-1])) for part in (valid[:, None], own))
+    return jnp.concatenate([*parts], -1)[:, None, :, None, :]
 
 
 def make_schedule(config: ModelConfig, time_weights: Weights, time_embeddings: Array) -> Schedule:
@@ -399,10 +418,13 @@ def mlp(layer: Weights, x: Array) -> Array:
     return dot(jax.nn.gelu(gate, approximate=True) * up, layer["down"])
 
 
-def dot(x: Array, matrix: Array) -> Array:
-    """x times a matrix, accumulated in float32, in the dtype of x. Said so, a CPU does not widen the matrix first."""
-    product = jnp.matmul(x, matrix, precision=precision_of(x), preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+def dot(x: Array, matrix: Array, bias: Array | None = None) -> Array:
+    """x times a matrix, plus a bias: accumulated in float32, in the dtype of x."""
+    # A CPU would widen a bfloat16 matrix first, were the product not float32. A GPU would write that out, and round it
+    # in a kernel of its own.
+    wide = jnp.float32 if matrix.dtype == jnp.uint16 else None
+    product = jnp.matmul(x, numbers(matrix), precision=precision_of(x), preferred_element_type=wide).astype(x.dtype)
+    return product if bias is None else product + numbers(bias)
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:
@@ -437,9 +459,44 @@ def rotate(x: Array, rope: Rope) -> Array:
     return jnp.concatenate(turned, -1).astype(x.dtype)
 
 
-def layer_at(layers: Weights, i: Array | int) -> Weights:
-    """One layer of a stack. Loops index the stack: to scan over a part of it would copy that part."""
-    return jax.tree.map(lambda stack: numbers(lax.dynamic_index_in_dim(stack, i, keepdims=False)), layers)
+def through_layers(
+    step: Callable[..., tuple[Array, Any]], x: Array, layers: Layers, *along: Any, count: int | None = None
+) -> tuple[Array, Any]:
+    """Sends x through layers: of a stack in a loop, of a list one by one, each with instructions of its own.
+
+    Args:
+        step: of x, a layer and its share of each of `along`: the next x, and what to keep of the layer.
+        x: what goes in.
+        layers: the layers.
+        along: what layers have beside their weights: a list, arrays with layers on axis 0, or None.
+        count: how many layers, from the first; None: all.
+
+    Returns:
+        The last x, and what was kept: stacked or in a list, as the layers are.
+    """
+    # Where this is differentiated no layer's weights are kept for the way back: products are, the rest is done again.
+    keep_products = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+    if isinstance(layers, list):
+        step, kept = keep_products(step), []
+        for i, layer in enumerate(layers[:count]):
+            x, of_layer = step(x, layer, *(layer_at(each, i) for each in along))
+            kept.append(of_layer)
+        return x, kept
+
+    @keep_products
+    def indexed_step(x: Array, slices: tuple[Array, Any]) -> tuple[Array, Any]:
+        i, shares = slices
+        return step(x, layer_at(layers, i), *shares)
+
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return lax.scan(indexed_step, x, (jnp.arange(depth if count is None else count), along))
+
+
+def layer_at(layers: Any, i: Array | int) -> Any:
+    """One layer of a list, or of a stack. Loops index the stack: to scan over a part of it would copy that part."""
+    if isinstance(layers, list):
+        return layers[i]
+    return jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, i, keepdims=False), layers)
 
 
 def numbers(stored: Array) -> Array:

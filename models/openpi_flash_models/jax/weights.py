@@ -1,9 +1,12 @@
 """Reads a checkpoint into the JAX model's weights: the name and shape of each array, and the leaves it is packed from.
 
 Matrices that multiply the same input lie side by side: queries, keys and values in `qkv`, gate and up in `gate_up`.
+Layers of one kind are a stack on a CPU, and a list everywhere else. Through a stack goes a loop, compiled once whatever
+its length, but XLA may copy each layer out of the stack before multiplying by it, and records no loop in a CUDA graph.
+Through a list goes straight-line code, which reads each matrix where it is and can be recorded.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +47,9 @@ class Slot(NamedTuple):
     dtype: np.dtype | None = None
 
 
+LAYERS = (("vision", "blocks"), ("vlm_layers",), ("expert_layers",))
+"""Where layers of one kind are; their slots have them on axis 0."""
+
 VLM = frozenset({"vision", "embedding", "vlm_layers", "vlm_norm"})
 """Parts of the model that read pictures and text: all that is needed to write text."""
 
@@ -55,6 +61,7 @@ def read_weights(
     device: jax.Device,
     *,
     parts: Collection[str] | None = None,
+    stacked: bool | None = None,
 ) -> Weights:
     """Reads, packs and moves the model to `device`, array by array, converting where the stored type differs.
 
@@ -66,9 +73,12 @@ def read_weights(
         dtype: the compute dtype.
         device: where to.
         parts: top-level names to read; None: all. Leaves of the others are not read.
+        stacked: whether layers are stacks, and not lists; None: on a CPU.
     """
     validate(source, jax_shapes(config))
     weights: Weights = {}
+    if stacked is None:
+        stacked = device.platform == "cpu"
     wanted = [slot for slot in slots(config, adaptive_dtype(config, source)) if parts is None or slot.path[0] in parts]
     # The largest first, while little else is in memory beside them.
     for slot in sorted(wanted, key=lambda slot: -np.prod(slot.shape)):
@@ -78,17 +88,28 @@ def read_weights(
             source.release(leaf)
         if device.platform == "cpu" and packed.dtype == ml_dtypes.bfloat16:
             packed = packed.view(np.uint16)  # `model.numbers` says why
-        if slot.path[0] != "time":
-            packed = jax.device_put(packed, device).block_until_ready()
-        place(weights, slot.path, packed)
+        *group, name = slot.path
+        if slot.path[0] == "time":
+            place(weights, slot.path, packed)
+        elif stacked or tuple(group) not in LAYERS:
+            place(weights, slot.path, jax.device_put(packed, device).block_until_ready())
+        else:
+            apart = jax.block_until_ready(jax.device_put(list(packed), device))
+            for layer, array in zip(layers_of(weights, group, len(packed)), apart, strict=True):
+                layer[name] = array
     return weights
 
 
-def abstract_weights(config: ModelConfig, dtype: np.dtype) -> Weights:
+def abstract_weights(config: ModelConfig, dtype: np.dtype, *, stacked: bool = True) -> Weights:
     """Shapes and dtypes of all weights, as `jax.eval_shape` takes them."""
     weights: Weights = {}
     for slot in slots(config, dtype):
-        place(weights, slot.path, jax.ShapeDtypeStruct(slot.shape, slot.dtype or dtype))
+        *group, name = slot.path
+        if stacked or tuple(group) not in LAYERS:
+            place(weights, slot.path, jax.ShapeDtypeStruct(slot.shape, slot.dtype or dtype))
+        else:
+            for layer in layers_of(weights, group, slot.shape[0]):
+                layer[name] = jax.ShapeDtypeStruct(slot.shape[1:], slot.dtype or dtype)
     return weights
 
 
@@ -223,6 +244,14 @@ def pack_gate_up(packed: np.ndarray, leaf: np.ndarray) -> None:
     """(L, 2, D, mlp) into (L, D, 2 · mlp)."""
     depth, _, width, mlp_dim = leaf.shape
     packed.reshape(depth, width, 2, mlp_dim)[...] = leaf.transpose(0, 2, 1, 3)
+
+
+def layers_of(weights: Weights, group: Sequence[str], depth: int) -> list[Weights]:
+    """The list of layers at `group`, made if need be."""
+    for name in group[:-1]:
+        weights = weights.setdefault(name, {})
+    layers: list[Weights] = weights.setdefault(group[-1], [{} for _ in range(depth)])
+    return layers
 
 
 def place(weights: Weights, path: tuple[str, ...], array: Any) -> None:

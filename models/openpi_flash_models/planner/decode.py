@@ -3,7 +3,7 @@
 Reads from the top: `start` reads pictures and prompt and writes the first token, `advance` writes more. What a request
 may ask for (how many tokens, how random) is data, never shape, so that each of the two compiles once per shape of the
 prefix. The model's parts are those of jax/model.py. Shapes: B batch, S prefix tokens, V vocabulary, D VLM width,
-K key/value heads, h head_dim, L layers.
+K key/value heads, h head_dim.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.jax import model
-from openpi_flash_models.jax.attention import einsum
+from openpi_flash_models.jax.attention import attend, einsum, num_padding
 from openpi_flash_models.planner.vocabulary import EOS
 
 CAPACITY = 256
@@ -52,15 +52,13 @@ class Sampling(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What every written token meets of pictures and prompt.
+    """Where every written token finds pictures and prompt.
 
     Attributes:
-        cache: keys and values of the S prefix tokens.
-        valid: (B, S) bool.
+        valid: (B, S) bool, the prefix tokens that may be attended to.
         length: (B,) int32, how many are valid: the position of the first written token.
     """
 
-    cache: model.Cache
     valid: Array
     length: Array
 
@@ -75,7 +73,8 @@ class Written(NamedTuple):
         sound: (B,) bool, whose tokens were all chosen from finite logits.
         steps: () int32, how often a token was chosen: tokens of the longest row.
         logits: (B, V) float32, from which the newest tokens were chosen.
-        cache: keys and values of the tokens, (L, B, CAPACITY, K, h) each; the newest token has none yet.
+        caches: of all layers, keys and values of the S prefix tokens, behind them those of the written ones, for which
+            there is room of CAPACITY or a little more; the newest token has none yet.
     """
 
     tokens: Array
@@ -84,7 +83,7 @@ class Written(NamedTuple):
     sound: Array
     steps: Array
     logits: Array
-    cache: model.Cache
+    caches: model.Caches
 
 
 def start(
@@ -100,14 +99,13 @@ def start(
         allowed: (V,) bool, tokens that may be written.
     """
     x, valid = model.embed_prefix(config, weights, *inputs)
-    cache, x = model.prefix_forward(config, weights, x, valid)
+    caches, x = model.prefix_forward(config, weights, x, valid)
     length = valid.sum(1, dtype=jnp.int32)
     newest = (length - 1)[:, None]
     last = jnp.take_along_axis(x, newest[..., None], 1)
-    last = model.prefix_output(config, weights, last, newest, cache=cache, valid=valid)[:, 0]
+    last = model.prefix_output(config, weights, last, newest, caches=caches, valid=valid)[:, 0]
 
-    batch, gemma = len(x), config.vlm
-    room = jnp.zeros((gemma.depth, batch, CAPACITY, gemma.num_kv_heads, gemma.head_dim), x.dtype)
+    batch, room = len(x), CAPACITY + num_padding(x.shape[1] + CAPACITY)
     nothing = Written(
         tokens=jnp.zeros((batch, CAPACITY), jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
@@ -115,9 +113,11 @@ def start(
         sound=jnp.ones(batch, bool),
         steps=jnp.zeros((), jnp.int32),
         logits=tied_logits(weights, last),
-        cache=model.Cache(room, room),
+        caches=jax.tree.map(
+            lambda prefix: jnp.pad(prefix, [*[(0, 0)] * (prefix.ndim - 3), (0, room), (0, 0), (0, 0)]), caches
+        ),
     )
-    return Prefix(cache, valid, length), write(nothing, sampling, allowed)
+    return Prefix(valid, length), write(nothing, sampling, allowed)
 
 
 def advance(
@@ -136,28 +136,37 @@ def advance(
         return ~written.done.all() & (written.steps < until)
 
     def step(written: Written) -> Written:
-        hidden, cache = forward(config, weights, prefix, written)
-        return write(written._replace(logits=tied_logits(weights, hidden), cache=cache), sampling, allowed)
+        hidden, caches = forward(config, weights, prefix, written)
+        return write(written._replace(logits=tied_logits(weights, hidden), caches=caches), sampling, allowed)
 
     return lax.while_loop(unfinished, step, written)
 
 
-def forward(config: ModelConfig, weights: model.Weights, prefix: Prefix, written: Written) -> tuple[Array, model.Cache]:
-    """Runs the VLM over the newest tokens: their final-normed output (B, D), and the cache with them in it."""
-    newest = written.steps - 1
+def forward(
+    config: ModelConfig, weights: model.Weights, prefix: Prefix, written: Written
+) -> tuple[Array, model.Caches]:
+    """Runs the VLM over the newest tokens: their final-normed output (B, D), and the caches with them in it."""
+    newest, (batch, prefix_len) = written.steps - 1, prefix.valid.shape
     tokens = lax.dynamic_slice_in_dim(written.tokens, newest, 1, 1)
     rope = model.rope_table((prefix.length + newest)[:, None], config.vlm.head_dim)
-    is_prefix, is_earlier = prefix.valid[:, None, None, None, :], jnp.arange(CAPACITY) < newest
 
-    def layer_step(x: Array, slices: tuple[Array, model.Cache, model.Cache]) -> tuple[Array, model.Cache]:
-        i, before, own = slices
-        earlier = ((before.keys, before.values, is_prefix), (own.keys, own.values, is_earlier))
-        return model.vlm_layer(config.vlm, model.layer_at(weights["vlm_layers"], i), x, rope, earlier=earlier)
+    def layer_step(x: Array, layer: model.Weights, cache: model.Cache) -> tuple[Array, model.Cache]:
+        room = cache.keys.shape[1] - prefix_len
+        is_written = jnp.broadcast_to(jnp.arange(room) <= newest, (batch, room))
+        mask = jnp.concatenate([prefix.valid, is_written], 1)[:, None, None, None, :]
 
-    layers = (jnp.arange(config.vlm.depth), prefix.cache, written.cache)
-    x, new = lax.scan(layer_step, model.embed_prompt(weights, tokens), layers)
-    cache = jax.tree.map(lambda room, one: lax.dynamic_update_slice_in_dim(room, one, newest, 2), written.cache, new)
-    return model.rms_norm(x, 1 + weights["vlm_norm"])[:, 0], cache
+        def mix(q: Array, k: Array, v: Array) -> tuple[Array, model.Cache]:
+            keys, values = (
+                lax.dynamic_update_slice_in_dim(all_of, one, prefix_len + newest, 1)
+                for all_of, one in zip(cache, (k, v), strict=True)
+            )
+            return attend(q, keys, values, mask), model.Cache(keys, values)
+
+        return model.vlm_layer(config.vlm, layer, x, rope, mix)
+
+    x = model.embed_prompt(weights, tokens)
+    x, caches = model.through_layers(layer_step, x, weights["vlm_layers"], written.caches)
+    return model.rms_norm(x, 1 + weights["vlm_norm"])[:, 0], caches
 
 
 def write(written: Written, sampling: Sampling, allowed: Array) -> Written:

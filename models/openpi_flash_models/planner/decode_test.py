@@ -18,7 +18,7 @@ from openpi_flash_models.golden.planner import planner_batch
 from openpi_flash_models.jax import model
 from openpi_flash_models.jax.attention import attend
 from openpi_flash_models.jax.weights import VLM, abstract_weights
-from openpi_flash_models.planner import decode, decoder
+from openpi_flash_models.planner import decode
 from openpi_flash_models.planner.decoder import Batch, Decoder, Draft, load_decoder
 from openpi_flash_models.planner.vocabulary import EOS
 
@@ -43,8 +43,9 @@ def golden_batch(*indices: int, max_tokens: int = 12) -> Batch:
 
 
 def tokens_that_ran(draft: Draft) -> int:
-    """Written tokens that the model was run over: those that have keys."""
-    return int((np.abs(np.asarray(draft.written.cache.keys)).sum((0, 1, 3, 4)) > 0).sum())
+    """Written tokens that the model was run over: those that have keys, behind the prefix."""
+    keys = np.asarray(draft.written.caches.keys)[:, :, draft.prefix.valid.shape[1] :]
+    return int((np.abs(keys).sum((0, 1, 3, 4)) > 0).sum())
 
 
 def test_it_stops_at_the_end_token_and_runs_no_further(golden):
@@ -99,17 +100,19 @@ def test_padding_moves_no_position(golden):
 def test_the_most_tokens_compile_nothing(golden):
     for max_tokens in (10, 20):
         golden.advance(golden.start(golden_batch(0, max_tokens=max_tokens)))
-    compiled = decoder._start._cache_size(), decoder._advance._cache_size()
+    compiled = golden._start._cache_size(), golden._advance._cache_size()
     for max_tokens, temperature, top_k in ((40, 0, 0), (80, 0.5, 0), (256, 2, 7)):
         batch = golden_batch(0, max_tokens=max_tokens)
         batch = batch._replace(temperature=np.float32([temperature]), top_k=np.int32([top_k]))
         golden.advance(golden.start(batch))
-    assert (decoder._start._cache_size(), decoder._advance._cache_size()) == compiled
+    assert (golden._start._cache_size(), golden._advance._cache_size()) == compiled
 
 
-def test_a_full_size_model_has_the_right_shapes_throughout():
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_full_size_model_has_the_right_shapes_throughout(stacked):
     config = ModelConfig()
-    weights = {name: part for name, part in abstract_weights(config, np.dtype(jnp.bfloat16)).items() if name in VLM}
+    abstract = abstract_weights(config, np.dtype(jnp.bfloat16), stacked=stacked)
+    weights = {name: part for name, part in abstract.items() if name in VLM}
     shape = jax.ShapeDtypeStruct
     images, tokens = shape((2, 3, 224, 224, 3), jnp.uint8), shape((2, 32), jnp.int32)
     sampling = decode.Sampling(
@@ -123,8 +126,12 @@ def test_a_full_size_model_has_the_right_shapes_throughout():
     later = jax.eval_shape(advance, weights, prefix, written, sampling=sampling, allowed=allowed, until=until)
     assert later == written
     assert later.logits == shape((2, 257152), jnp.float32)
-    assert later.cache.keys == shape((18, 2, 256, 1, 256), jnp.bfloat16)
-    assert prefix.cache.keys == shape((18, 2, 800, 1, 256), jnp.bfloat16)
+    layers = later.caches if stacked else jax.eval_shape(lambda *caches: jax.tree.map(stack, *caches), *later.caches)
+    assert layers.keys == shape((18, 2, 800 + 256, 1, 256), jnp.bfloat16)
+
+
+def stack(*layers):
+    return jnp.stack(layers)
 
 
 def test_bfloat16_stays_near_float32(golden):
@@ -221,25 +228,26 @@ def test_a_sampled_row_is_the_same_in_company(golden):
     assert together[1] == CASES[1]["tokens_masked"].tolist()
 
 
-def test_layers_in_decoding_are_those_of_the_prefix(golden, monkeypatch):
+def test_layers_in_decoding_are_those_of_the_prefix(golden):
     """Token by token through the cache, or all at once with each seeing those before it."""
     config = GOLDEN.config
     tokens = jnp.array([[2, 300, 301, 302]])
     valid = jnp.ones((1, 4), bool)
-    causal = jnp.tril(jnp.ones((4, 4), bool))
+    causal = jnp.tril(jnp.ones((4, 4), bool))[:, None]
     rope = model.rope_table(jnp.arange(4)[None], config.vlm.head_dim)
     x = model.embed_prompt(golden.weights, tokens)
-    with monkeypatch.context() as patched:
-        patched.setattr(model, "attend_all", lambda q, keys, values, _: attend(q, [(keys, values, causal)]))
-        for i in range(config.vlm.depth):
-            x, _ = model.vlm_layer(config.vlm, model.layer_at(golden.weights["vlm_layers"], i), x, rope)
+
+    def mix(q, keys, values):
+        return attend(q, keys, values, causal), model.Cache(keys, values)
+
+    for i in range(config.vlm.depth):
+        x, _ = model.vlm_layer(config.vlm, model.layer_at(golden.weights["vlm_layers"], i), x, rope, mix)
     expected = decode.tied_logits(golden.weights, model.rms_norm(x, 1 + golden.weights["vlm_norm"])[:, -1])
 
-    cache, _ = model.prefix_forward(
+    caches, _ = model.prefix_forward(
         config, golden.weights, model.embed_prompt(golden.weights, tokens[:, :1]), valid[:, :1]
     )
-    gemma = config.vlm
-    room = jnp.zeros((gemma.depth, 1, decode.CAPACITY, gemma.num_kv_heads, gemma.head_dim))
+    room = ((0, 0), (0, 0), (0, decode.CAPACITY), (0, 0), (0, 0))
     written = decode.Written(
         tokens=jnp.zeros((1, decode.CAPACITY), jnp.int32).at[:, :3].set(tokens[:, 1:]),
         lengths=jnp.ones(1, jnp.int32),
@@ -247,11 +255,11 @@ def test_layers_in_decoding_are_those_of_the_prefix(golden, monkeypatch):
         sound=jnp.ones(1, bool),
         steps=jnp.int32(0),
         logits=expected,
-        cache=model.Cache(room, room),
+        caches=jax.tree.map(lambda prefix: jnp.pad(prefix, room), caches),
     )
-    prefix = decode.Prefix(cache, valid[:, :1], jnp.ones(1, jnp.int32))
+    prefix = decode.Prefix(valid[:, :1], jnp.ones(1, jnp.int32))
     forward = jax.jit(decode.forward, static_argnames="config")
     for steps in (1, 2, 3):
-        hidden, cache = forward(config, golden.weights, prefix, written._replace(steps=jnp.int32(steps)))
-        written = written._replace(cache=cache)
+        hidden, caches = forward(config, golden.weights, prefix, written._replace(steps=jnp.int32(steps)))
+        written = written._replace(caches=caches)
     np.testing.assert_allclose(decode.tied_logits(golden.weights, hidden), expected, atol=1e-4)

@@ -1,5 +1,6 @@
 """Loads, compiles and runs the VLM as a writer of text."""
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,13 +11,10 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import ModelsError
 from openpi_flash_models.jax.backend import parse_placement
-from openpi_flash_models.jax.compilation import keep_programs
+from openpi_flash_models.jax.compilation import Options, keep_programs, known_options
 from openpi_flash_models.jax.model import Weights
 from openpi_flash_models.jax.weights import VLM, read_weights
 from openpi_flash_models.planner import decode
-
-_start = jax.jit(decode.start, static_argnames="config")
-_advance = jax.jit(decode.advance, static_argnames="config", donate_argnames="written")
 
 
 class Batch(NamedTuple):
@@ -72,8 +70,28 @@ class Decoder:
     one reads and writes the first token, one writes all others. How many there may be changes neither.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: jax.Device, allowed: np.ndarray) -> None:
-        """Takes (vocab_size,) bool: the tokens that may be written."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        device: jax.Device,
+        allowed: np.ndarray,
+        *,
+        options: Options | None = None,
+    ) -> None:
+        """Takes what `read_weights` gives.
+
+        Args:
+            config: sizes.
+            weights: the parts `weights.VLM`.
+            device: where they are.
+            allowed: (vocab_size,) bool, tokens that may be written.
+            options: what to ask of the compiler; None: `known_options`.
+        """
+        options = known_options(device) if options is None else options
+        programs = functools.partial(jax.jit, static_argnames="config", compiler_options=options)
+        self._start = programs(decode.start)
+        self._advance = programs(decode.advance, donate_argnames="written")
         self.config = config
         self.weights = weights
         self.device = device
@@ -85,13 +103,13 @@ class Decoder:
         inputs, sampling = decode.Inputs(images, tokens, token_mask), decode.Sampling(*choosing)
         # float32 is to mean float32: an accelerator's default would round its products to fewer bits.
         with jax.default_matmul_precision("highest"):
-            prefix, written = _start(self.config, self.weights, inputs, sampling, self.allowed)
+            prefix, written = self._start(self.config, self.weights, inputs, sampling, self.allowed)
         return Draft(prefix, written, sampling)
 
     def advance(self, draft: Draft, until: int = decode.CAPACITY) -> Draft:
         """Writes until every row has ended or has `until` tokens. Uses `draft` up."""
         with jax.default_matmul_precision("highest"):
-            written = _advance(
+            written = self._advance(
                 self.config,
                 self.weights,
                 draft.prefix,

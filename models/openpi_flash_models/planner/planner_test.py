@@ -12,7 +12,6 @@ from openpi_flash_models.checkpoints.orbax_source import open_jax_source
 from openpi_flash_models.errors import InvalidObservationError, ModelsError, PolicyConfigError
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.images import resize_with_pad
-from openpi_flash_models.planner import decoder
 from openpi_flash_models.planner.config import PI05_SUBTASK, load_planner_config
 from openpi_flash_models.planner.decoder import Decoder, load_decoder
 from openpi_flash_models.planner.planner import GenerationOptions, PlanKey, Planner, assemble
@@ -271,10 +270,10 @@ def test_after_warm_up_nothing_compiles(golden_decoder):
     seen = []
     planner.warm_up(planner.warm_up_shapes()[:2], lambda *progress: seen.append(progress))
     assert seen == [(0, 2, WarmUpShape(1, 2, 32)), (1, 2, WarmUpShape(1, 2, 64))]
-    compiled = decoder._start._cache_size(), decoder._advance._cache_size()
+    compiled = golden_decoder._start._cache_size(), golden_decoder._advance._cache_size()
     for prompt in ("go", "open the drawer and the other drawer, then fold the towel and wipe the table"):
         for options in (LONG, GenerationOptions(temperature=1, top_k=5)):
             prepared = planner.prepare(libero_observation(), prompt=prompt, options=options)
             planner.run([prepared])
             list(planner.stream(prepared))
-    assert (decoder._start._cache_size(), decoder._advance._cache_size()) == compiled
+    assert (golden_decoder._start._cache_size(), golden_decoder._advance._cache_size()) == compiled
