@@ -291,7 +291,7 @@ def print_profile(name: str, profile: dict[str, Any], console: Console) -> None:
         f"{name}, one call of a batch of 1: {profile['count']} {profile['what']}, {profile['busy_ms']:.2f} ms"
         + (f", gaps between them {profile['gaps_ms']:.2f} ms" if "gaps_ms" in profile else "")
     )
-    for each in profile["longest"]:
+    for each in profile["longest"][:10]:
         console.print(f"  {each['total_ms']:8.3f} ms  {each['count']:5} x  {each['name'][:90]}", markup=False)
 
 

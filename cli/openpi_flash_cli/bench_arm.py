@@ -91,7 +91,7 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
 
         started = time.perf_counter()
         backend = load_torch(config, RandomSource(torch_shapes(config)), device=job["device"], **options)
-        rates = torch_rates
+        rates: Callable[[str, str], dict[str, Any]] = torch_rates
         result: dict[str, Any] = {"ops": backend.model.ops.name}
     else:
         from openpi_flash_models.jax import load as load_jax
@@ -302,7 +302,7 @@ def profile(function: Callable[[], object]) -> dict[str, Any]:
     for event in kernels or profiler.events():
         spent = event.time_range.elapsed_us() if kernels else event.self_cpu_time_total
         totals.setdefault(event.name, []).append(spent / 1e3)
-    longest = sorted(totals.items(), key=lambda item: -sum(item[1]))[:10]
+    longest = sorted(totals.items(), key=lambda item: -sum(item[1]))
     result: dict[str, Any] = {
         "what": "kernels" if kernels else "operations",
         "count": sum(map(len, totals.values())),

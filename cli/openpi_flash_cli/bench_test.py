@@ -57,7 +57,8 @@ def test_a_tiny_model_is_timed_compared_and_profiled(tmp_path):
     for times in (*arms["torch"]["batches"].values(), *arms["torch-guided"]["batches"].values()):
         assert 0 < times["limit_ms"] < times["p50_ms"] <= times["p99_ms"]
     assert arms["torch"]["profile"]["count"] > 100
-    assert len(arms["torch"]["profile"]["longest"]) == 10
+    kernels = arms["torch"]["profile"]["longest"]
+    assert sum(each["count"] for each in kernels) == arms["torch"]["profile"]["count"]
     assert Image.open(picture).width == bench_plot.WIDTH
     assert "torch, one call of a batch of 1" in done.stdout
     assert arms["torch"]["warnings"] == []
