@@ -14,9 +14,9 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -38,58 +38,57 @@ from torch import Tensor
 ROTATIONS = ((2, 1), (2, 2), (5, 2), (5, 4), (10, 4))
 """Heads of a token to a program, and warps."""
 
+
+def tiles(**choices: tuple[int, ...]) -> list[dict[str, int]]:
+    """One dict for each position of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in zip(*choices.values(), strict=True)]
+
+
 TILES: dict[str, list[dict[str, int]]] = {
-    "all": [{"OVERLAP": False, "launch_pdl": False}],
-    "products": [{"PREFETCH": False}],
-    "norm_qkv": [
-        {"num_stages": 4},
-        {"num_stages": 5},
-        {"BLOCK_WIDTH": 256},
-        {"BLOCK_WIDTH": 64, "num_stages": 6},
-        {"BLOCK_OUT": 32, "num_stages": 4},
-        {"num_warps": 8, "num_stages": 4},
-    ],
+    "norm_qkv": tiles(
+        BLOCK_OUT=(16, 16, 16, 16, 32, 32, 64),
+        BLOCK_WIDTH=(128, 128, 64, 256, 128, 64, 64),
+        num_stages=(4, 6, 8, 3, 4, 6, 5),
+    ),
     "attend_suffix": [
-        *({"splits": splits} for splits in (4, 7, 10, 14, 28)),
-        *({"BLOCK_KEYS": 64, "num_warps": warps, "splits": splits} for warps in (4, 8) for splits in (4, 7, 14)),
-        {"num_stages": 3, "splits": 10},
-        {"BLOCK_ROWS": 32, "splits": 7},
-        {"BLOCK_ROWS": 32, "BLOCK_KEYS": 64, "splits": 7},
-        {"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "num_warps": 8, "splits": 14},
+        *tiles(
+            BLOCK_KEYS=(32, 64, 64, 64, 64, 64, 64, 32, 128),
+            num_warps=(4, 4, 4, 8, 8, 4, 8, 4, 8),
+            num_stages=(2, 1, 2, 2, 1, 2, 2, 3, 1),
+            splits=(14, 14, 14, 14, 14, 7, 7, 14, 7),
+        ),
+        *({"BLOCK_KEYS": 64, "num_warps": warps, "splits": 14, "TMA": 0} for warps in (4, 8)),
+        {"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "num_warps": 8, "num_stages": 2, "splits": 14},
     ],
-    "out": [
-        {"num_stages": 5},
-        {"BLOCK_WIDTH": 256},
-        {"num_warps": 8, "num_stages": 4},
-        {"BLOCK_OUT": 32, "SPLITS": 2, "num_stages": 4},
-        {"BLOCK_OUT": 32, "SPLITS": 4, "num_stages": 4},
-        {"SPLITS": 2, "num_stages": 4},
-    ],
+    "out": tiles(
+        BLOCK_OUT=(16, 16, 32, 32, 32, 32, 64, 64, 64),
+        BLOCK_WIDTH=(128, 128, 128, 128, 64, 256, 128, 128, 128),
+        num_stages=(6, 4, 4, 4, 6, 2, 3, 4, 3),
+        SPLITS=(1, 2, 2, 4, 4, 4, 4, 8, 2),
+    ),
     "norm_geglu": [
-        {"num_stages": 4},
-        {"num_stages": 5},
-        {"BLOCK_WIDTH": 256},
-        {"BLOCK_WIDTH": 64, "num_stages": 6},
-        {"BLOCK_OUT": 16, "num_stages": 4},
-        {"BLOCK_OUT": 64},
-        {"num_warps": 8, "num_stages": 4},
+        *tiles(
+            BLOCK_OUT=(32, 32, 32, 32, 32, 16, 64, 64, 32),
+            BLOCK_WIDTH=(128, 128, 128, 64, 64, 128, 128, 64, 256),
+            num_stages=(3, 4, 5, 6, 8, 6, 3, 5, 2),
+        ),
+        {"BLOCK_OUT": 64, "BLOCK_WIDTH": 128, "num_stages": 3, "num_warps": 8},
+        {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 4, "TMA": 0},
     ],
-    "down": [
-        {"num_stages": 5},
-        {"BLOCK_WIDTH": 256},
-        {"num_warps": 8, "num_stages": 4},
-        {"BLOCK_OUT": 32, "SPLITS": 2, "num_stages": 4},
-        {"BLOCK_OUT": 32, "SPLITS": 4, "num_stages": 4},
-        {"SPLITS": 2, "num_stages": 4},
-        {"SPLITS": 4, "num_stages": 4},
-    ],
+    "down": tiles(
+        BLOCK_OUT=(16, 32, 32, 32, 32, 32, 64, 64, 64),
+        BLOCK_WIDTH=(128, 128, 128, 256, 64, 128, 128, 128, 128),
+        num_stages=(6, 4, 6, 3, 8, 4, 4, 4, 3),
+        SPLITS=(2, 4, 4, 4, 4, 8, 4, 8, 16),
+    ),
 }
-"""How else each kernel of a layer could be shared out: what differs from what kernels.py chooses."""
+"""How each kernel of a layer could be shared out to programs."""
 
-MANY_TILES = [{}, {"BLOCK_ROWS": 128, "num_warps": 8}, {"BLOCK_ROWS": 128, "BLOCK_WIDTH": 64, "num_warps": 8}]
-"""The same for the products of several robots at a time."""
-
-PRODUCTS = ("norm_qkv", "out", "norm_geglu", "down")
+MODES: list[dict[str, int]] = [
+    {"OVERLAP": 0, "launch_pdl": 0},
+    *({"OVERLAP": overlap, "launch_pdl": 1} for overlap in (1, 2)),
+]
+"""Each kernel after the one before it; begun when that began; begun when that has read all it needs."""
 
 REPLAYS = 10
 
@@ -116,6 +115,7 @@ class Case(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,23 +123,42 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for batch in arguments.batches:
-            for case in cases(config, batch, device):
-                times = {}
-                for name, call in case.calls.items():
-                    try:
-                        times[name] = timed(call, config.vlm.depth, device)
-                    except Exception as error:  # the others are worth the time on a GPU
-                        print(f"batch {batch}  {case.name}, {name}: {type(error).__name__}: {error}")
-                best = min(times.values(), default=float("nan"))
-                rows.append({"batch": batch, **case._asdict(), "calls": times})
-                shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
-                rates = f"{case.flops / best / 1e6:.1f} TFLOP/s, {case.num_bytes / best / 1e3:.0f} GB/s"
-                print(f"batch {batch}  {case.name:24} {rates:30} µs: {shown}", flush=True)
+            found, times = cases(config, batch, device), None
+            while case := next_case(found, times):
+                times = time_case(case, config.vlm.depth, device) if arguments.only in case.name else {}
+                if times:
+                    rows.append({"batch": batch, **case._asdict(), "calls": times})
+                    best = min(times.values())
+                    shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
+                    rates = f"{case.flops / best / 1e6:.1f} TFLOP/s, {case.num_bytes / best / 1e3:.0f} GB/s"
+                    print(f"batch {batch}  {case.name:24} {rates:30} µs: {shown}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def cases(config: ModelConfig, batch: int, device: torch.device) -> Iterator[Case]:
+Cases = Generator[Case, dict[str, float] | None, None]
+"""Cases, each of which may be told the times of the one before it."""
+
+
+def next_case(cases: Cases, times: dict[str, float] | None) -> Case | None:
+    try:
+        return cases.send(times)
+    except StopIteration:
+        return None
+
+
+def time_case(case: Case, layers: int, device: torch.device) -> dict[str, float]:
+    """Microseconds of each call that does not fail."""
+    times = {}
+    for name, call in case.calls.items():
+        try:
+            times[name] = timed(call, layers, device)
+        except Exception as error:  # the others are worth the time on a GPU
+            print(f"{case.name}, {name}: {type(error).__name__}: {error}")
+    return times
+
+
+def cases(config: ModelConfig, batch: int, device: torch.device) -> Cases:
     prefix = NUM_VIEWS * config.vision.num_tokens + PROMPT_BUCKET
     valid = prefix - PROMPT_BUCKET + PROMPT_TOKENS
     lengths = torch.full((batch,), valid, dtype=torch.int32, device=device)
@@ -150,7 +169,7 @@ def cases(config: ModelConfig, batch: int, device: torch.device) -> Iterator[Cas
     yield from expert_cases("step", config.expert, batch, horizon, lengths + horizon, capacity=capacity)
 
 
-def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, layers: int) -> Iterator[Case]:
+def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, layers: int) -> Cases:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).bfloat16()
 
@@ -187,9 +206,7 @@ def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, laye
     yield attention
 
 
-def expert_cases(
-    part: str, gemma: GemmaConfig, batch: int, tokens: int, lengths: Tensor, *, capacity: int
-) -> Iterator[Case]:
+def expert_cases(part: str, gemma: GemmaConfig, batch: int, tokens: int, lengths: Tensor, *, capacity: int) -> Cases:
     device, layers = lengths.device, gemma.depth
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -249,11 +266,12 @@ def expert_cases(
                 attention.calls[name_of(tiles)] = lambda i, attend=attend: attend(cache=caches[i])
         yield attention
         return
-    yield layer_case(gemma, x, caches, Span(positions, lengths, rope))
+    yield from layer_cases(gemma, x, caches, Span(positions, lengths, rope))
 
 
-def layer_case(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) -> Case:
-    """All of an expert's layer, from one to the next."""
+def layer_cases(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) -> Cases:
+    """Each kernel of an expert's layer, shared out in every way of TILES; then the layer, from one to the next, of the
+    fastest."""
     device, layers = x.device, gemma.depth
     width, heads_width = gemma.width, gemma.num_heads * gemma.head_dim
     wide = heads_width + 2 * gemma.num_kv_heads * gemma.head_dim
@@ -269,49 +287,79 @@ def layer_case(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) 
         Norm(*torch.rand(3, width, device=device), torch.rand(size, device=device))
         for size in (wide, 2 * gemma.mlp_dim)
     ]
+    steps: dict[str, Callable[..., Any]] = {
+        "norm_qkv": lambda ops, i, stream, **kw: ops.norm_qkv(stream, norms[0], qkv[i], span, caches[i], **kw),
+        "attend_suffix": lambda ops, i, q, **kw: ops.attend_suffix(q, caches[i], span.lengths, **kw).flatten(2),
+        "out": lambda ops, i, y, stream, **kw: ops.project_add(y, out[i], stream, norms[0].gate, norms[1], **kw),
+        "norm_geglu": lambda ops, i, stream, **kw: ops.norm_geglu(stream, norms[1], gate_up[i], **kw),
+        "down": lambda ops, i, y, stream, **kw: ops.project_add(y, down[i], stream, norms[1].gate, norms[0], **kw),
+    }
+    ahead = {"norm_qkv": out, "attend_suffix": gate_up, "norm_geglu": down, "down": qkv[1:] + qkv[:1]}
 
-    def layer(ops: Ops, tiles: dict[str, dict[str, int]], many_rows: int = 1 << 20, *, fetches: bool = True) -> Call:
+    def layer(ops: Ops, chosen: dict[str, dict[str, int]], *, many_rows: int = 1 << 20, fetches: bool = False) -> Call:
         streams: list[Stream] = []
-
-        def ahead(matrix: Tensor) -> Tensor | None:
-            return matrix if fetches else None
 
         def call(i: int) -> object:
             kernels.MANY_ROWS = many_rows
             if i == 0:
                 streams[:] = [ops.stream(x, norms[0])]
             (stream,) = streams
-            q = ops.norm_qkv(
-                stream, norms[0], qkv[i], span, caches[i], ahead=ahead(out[i]), **tiles.get("norm_qkv", {})
-            )
-            attended = ops.attend_suffix(
-                q, caches[i], span.lengths, ahead=ahead(gate_up[i]), **tiles.get("attend_suffix", {})
-            ).flatten(2)
-            stream = ops.project_add(attended, out[i], stream, norms[0].gate, norms[1], **tiles.get("out", {}))
-            inner = ops.norm_geglu(stream, norms[1], gate_up[i], ahead=ahead(down[i]), **tiles.get("norm_geglu", {}))
-            after = ahead(qkv[(i + 1) % layers])
-            streams[:] = [
-                ops.project_add(inner, down[i], stream, norms[1].gate, norms[0], ahead=after, **tiles.get("down", {}))
-            ]
+            kw = {
+                name: {**chosen.get(name, {}), **({"ahead": ahead[name][i]} if fetches and name in ahead else {})}
+                for name in steps
+            }
+            q = steps["norm_qkv"](ops, i, stream, **kw["norm_qkv"])
+            attended = steps["attend_suffix"](ops, i, q, **kw["attend_suffix"])
+            stream = steps["out"](ops, i, attended, stream, **kw["out"])
+            inner = steps["norm_geglu"](ops, i, stream, **kw["norm_geglu"])
+            streams[:] = [steps["down"](ops, i, inner, stream, **kw["down"])]
             return streams
 
         return call
 
+    best: dict[str, dict[str, int]] = {}
+    if device.type == "cuda" and len(x) == 1:
+        kernels.MANY_ROWS = 1 << 20
+        stream = FUSED.project_add(
+            torch.randn_like(x),
+            torch.randn(width, width, device=device).to(x.dtype),
+            FUSED.stream(x, norms[0]),
+            norms[0].gate,
+            norms[0],
+        )
+        inputs = {
+            "norm_qkv": (stream,),
+            "attend_suffix": (torch.randn(*x.shape[:2], gemma.num_heads, gemma.head_dim, device=device).to(x.dtype),),
+            "out": (torch.randn(*x.shape[:2], heads_width, device=device).to(x.dtype), stream),
+            "norm_geglu": (stream,),
+            "down": (torch.randn(*x.shape[:2], gemma.mlp_dim, device=device).to(x.dtype), stream),
+        }
+        for name, variants in TILES.items():
+            calls, taken = {}, {}
+            for each in variants:
+                shown = ",".join(f"{key}={value}" for key, value in each.items())
+                calls[shown] = functools.partial(
+                    lambda i, name, each: steps[name](FUSED, i, *inputs[name], **each, **MODES[0]), name=name, each=each
+                )
+                taken[shown] = each
+            times = yield Case(f"step {name}", calls, 0, 0)
+            best[name] = taken[min(times, key=lambda shown: times[shown])] if times else {}
     calls = {"plain": layer(REFERENCE, {})}
     if device.type == "cuda":
-        calls |= {
-            "fused": layer(FUSED, {}),
-            "nothing ahead": layer(FUSED, {}, fetches=False),
-            "with cuBLAS": layer(FUSED, {}, 0),
-        }
-        for name, variants in TILES.items() if len(x) == 1 else [("products", MANY_TILES)]:
-            for tiles in variants:
-                names = {"all": [*PRODUCTS, "attend_suffix"], "products": PRODUCTS}.get(name, [name])
-                shown = ",".join(f"{key}={value}" for key, value in tiles.items())
-                calls[f"{name}({shown})"] = layer(FUSED, dict.fromkeys(names, tiles))
+        calls |= {"fused": layer(FUSED, {}), "with cuBLAS": layer(FUSED, {}, many_rows=0)}
+    if best:
+        for mode in MODES:
+            for prefetches, fetches in itertools.product((0, 1), (False, True)) if mode["OVERLAP"] else [(0, False)]:
+                chosen = {
+                    name: {**each, **mode, **({} if name == "attend_suffix" else {"PREFETCH": prefetches})}
+                    for name, each in best.items()
+                }
+                calls[f"overlap {mode['OVERLAP']}, prefetch {prefetches}, ahead {int(fetches)}"] = layer(
+                    FUSED, chosen, fetches=fetches
+                )
     products = [product_costs(x.numel() // width, len(each[0][0]), len(each[0])) for each in (qkv, out, gate_up, down)]
     flops, num_bytes = map(sum, zip(*products, strict=True))
-    return Case("step layer", calls, flops, num_bytes)
+    yield Case("step layer", calls, flops, num_bytes)
 
 
 def name_of(tiles: Tiles) -> str:

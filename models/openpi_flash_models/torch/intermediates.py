@@ -6,7 +6,7 @@ import torch
 from openpi_flash_models import flow
 from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch.backend import TorchBackend
-from openpi_flash_models.torch.model import Context, Step, standardise
+from openpi_flash_models.torch.model import Context, standardise
 
 
 def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.ndarray) -> dict[str, np.ndarray]:
@@ -33,17 +33,18 @@ def intermediates(backend: TorchBackend, batch: ModelBatch, time_embeddings: np.
 
         embeddings = torch.from_numpy(time_embeddings)
         schedule, context = model.schedule(embeddings), model.prepare(inputs)
-        actions = model.embed_actions(inputs.noise, schedule[0])
-        actions_out = model.suffix_forward(actions, schedule[0], context)
+        norms = model.expert_norms(schedule[0])
+        actions = model.embed_actions(inputs.noise, schedule[0], norms[0])
+        actions_out = model.suffix_forward(actions, norms, context)
         if config.is_pi05:
             found["adarms_cond_t1"] = model.timing.condition(embeddings[:1]).expand(len(batch.tokens), -1)
-            found["suffix_embeds_t1"], found["suffix_out_t1"] = actions, actions_out
+            found["suffix_embeds_t1"], found["suffix_out_t1"] = actions.x, actions_out
         else:
             state = model.embed_state(inputs.state)
             # Once more, in a cache in which the actions already are: the state token must not see them.
             span = model.suffix_span(context.span.lengths - config.suffix_len, 1)
-            state_out = model.suffix_forward(state, Step(), Context(context.cache, span))
-            found["suffix_embeds_t1"] = torch.cat([state, actions], 1)
+            state_out = model.suffix_forward(model.ops.stream(state, norms[0]), norms, Context(context.cache, span))
+            found["suffix_embeds_t1"] = torch.cat([state, actions.x], 1)
             found["suffix_out_t1"] = torch.cat([state_out, actions_out], 1)
         x, dt = [inputs.noise], float(flow.step_size(len(time_embeddings)))
         v: list[torch.Tensor] = []

@@ -152,7 +152,7 @@ def addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def fused_rotate_into_cache(
-    qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor, *, num_heads_each: int = 1, num_warps: int = 1
+    qkv: Tensor, rope: Rope, positions: Tensor, cache: Tensor, *, num_heads_each: int = 5, num_warps: int = 4
 ) -> Tensor:
     """A program has `num_heads_each` heads of a token."""
     batch, tokens, _ = qkv.shape
@@ -209,16 +209,20 @@ def fused_attend_suffix(
     overlap = _overlap(q)
     if not overlap["OVERLAP"]:  # before Hopper, factors pass through registers
         tile["num_warps"] = 8
-    tile |= overlap | tiles
+    tile |= {"TMA": q.device.type != "cpu" and _is_for_hopper(q)} | overlap | tiles
     splits = splits or default_splits(batch)
     shares = q.new_empty(splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
     weights = q.new_empty(2, splits, batch, kv_heads, rows, dtype=torch.float32)
     share = triton.cdiv(triton.cdiv(capacity, tile["BLOCK_KEYS"]), splits) * tile["BLOCK_KEYS"]
     sizes = {"NUM_HEADS": num_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
     block_dim = max(16, triton.next_power_of_2(head_dim))
+    keys_values: Any = cache
+    if tile["TMA"]:
+        matrix = cache.view(-1, kv_heads * head_dim)
+        keys_values = TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [tile["BLOCK_KEYS"], block_dim])
     _attend_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]), batch * kv_heads, splits)](
         q,
-        cache,
+        keys_values,
         lengths,
         shares,
         weights,
@@ -387,6 +391,60 @@ def fused_stream(x: Tensor, norm: Norm) -> Stream:
     return Stream(x, scaled, squares)
 
 
+def fused_embed(actions: Tensor, weight: Tensor, bias: Tensor, norm: Norm, dtype: torch.dtype) -> Stream:
+    rows, width = actions.numel() // actions.shape[-1], len(weight)
+    if rows > MANY_ROWS:
+        return fused_stream(F.linear(actions, weight, bias).to(dtype), norm)
+    x = actions.new_empty(*actions.shape[:-1], width, dtype=dtype)
+    scaled, squares = torch.empty_like(x), actions.new_empty(rows, 1)
+    _embed_kernel[(rows,)](
+        actions.contiguous(),
+        weight,
+        bias,
+        x if norm.factor is None else norm.factor,
+        x,
+        scaled,
+        squares,
+        width,
+        actions.shape[-1],
+        _row_stride(norm.factor),
+        FACTOR=norm.factor is not None,
+        BLOCK_OUT=128,
+        BLOCK_WIDTH=triton.next_power_of_2(actions.shape[-1]),
+        **_overlap(x),
+    )
+    return Stream(x, scaled, squares)
+
+
+def fused_read(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+    x, scaled, squares = stream
+    assert scaled is not None  # noqa: S101 - of a stream of ours
+    if squares is None:
+        return F.linear(scaled.float(), weight, bias)
+    read = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+    _read_kernel[(len(squares),)](
+        x,
+        squares,
+        x if norm.factor is None else norm.factor,
+        x if norm.shift is None else norm.shift,
+        weight,
+        bias,
+        read,
+        x.shape[-1],
+        len(weight),
+        _row_stride(norm.factor, norm.shift),
+        EPSILON=NORM_EPSILON,
+        SQUARES=squares.shape[1],
+        BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
+        FACTOR=norm.factor is not None,
+        SHIFT=norm.shift is not None,
+        BLOCK_OUT=triton.next_power_of_2(len(weight)),
+        BLOCK_WIDTH=128,
+        **_overlap(x),
+    )
+    return read
+
+
 def fused_norm_qkv(
     stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, *, ahead: Tensor | None = None, **tiles: int
 ) -> Tensor:
@@ -400,13 +458,14 @@ def fused_norm_qkv(
     q = x.new_empty(batch, tokens, num_heads, head_dim)
     positions, (cos, sin) = span.positions.contiguous(), (table.contiguous() for table in span.rope)
     tile = _tiles(x, outputs=16) | tiles
-    block = min(tile.pop("BLOCK_OUT"), triton.next_power_of_2(head_dim // 2))
-    parts = triton.cdiv(head_dim // 2, block)
+    tile["BLOCK_OUT"] = min(tile["BLOCK_OUT"], triton.next_power_of_2(head_dim // 2))
+    parts = triton.cdiv(head_dim // 2, tile["BLOCK_OUT"])
     _norm_qkv_kernel[(triton.cdiv(batch * tokens, tile["BLOCK_ROWS"]), (num_heads + 2 * kv_heads) * parts)](
-        scaled,
+        _source(scaled.view(-1, width), tile, "BLOCK_ROWS"),
         squares,
         x if norm.product is None else norm.product,
         weight,
+        _source(weight, tile, "BLOCK_OUT"),
         cos,
         sin,
         positions,
@@ -430,7 +489,6 @@ def fused_norm_qkv(
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
         PARTS=parts,
-        BLOCK_OUT=block,
         AHEAD=ahead is not None,
         **tile,
     )
@@ -448,10 +506,11 @@ def fused_norm_geglu(
     out = x.new_empty(*x.shape[:-1], inner)
     tile = _tiles(x, outputs=32) | tiles
     _norm_geglu_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(inner, tile["BLOCK_OUT"]))](
-        scaled,
+        _source(scaled.view(-1, width), tile, "BLOCK_ROWS"),
         squares,
         x if norm.product is None else norm.product,
         weight,
+        _source(weight, tile, "BLOCK_OUT"),
         out,
         rows,
         width,
@@ -490,8 +549,9 @@ def fused_project_add(
     if splits > 1:
         partial, counters = x.new_empty(splits, rows, width, dtype=torch.float32), _counters(x.device, blocks * parts)
     _project_add_kernel[(blocks, parts, splits)](
-        y,
+        _source(y.view(rows, inner), tile, "BLOCK_ROWS"),
         weight,
+        _source(weight, tile, "BLOCK_OUT"),
         x,
         x if gate is None else gate,
         x if factor is None else factor,
@@ -524,16 +584,23 @@ def _tiles(x: Tensor, *, outputs: int) -> dict[str, int]:
         tiles |= {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_WIDTH": 32, "num_stages": 2}
     elif not overlap["OVERLAP"]:  # before Hopper, factors pass through registers
         tiles |= {"BLOCK_OUT": 16}
-    return tiles | {"PREFETCH": x.device.type != "cpu"} | overlap
+    return tiles | {"PREFETCH": False, "TMA": x.device.type != "cpu" and _is_for_hopper(x)} | overlap
 
 
-def _overlap(x: Tensor) -> dict[str, bool]:
+def _source(matrix: Tensor, tile: dict[str, int], rows: str) -> Any:
+    """A matrix as a kernel takes it: where the hardware fetches whole blocks, as the description of one."""
+    if not tile["TMA"]:
+        return matrix
+    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [tile[rows], tile["BLOCK_WIDTH"]])
+
+
+def _overlap(x: Tensor) -> dict[str, int]:
     """Whether a kernel begins while the one before it ends, and how its launch is told."""
     if x.device.type == "cpu":
-        return {"OVERLAP": False}
+        return {"OVERLAP": 0}
     target = triton.runtime.driver.active.get_current_target()
     overlaps = target.backend == "cuda" and target.arch >= OVERLAP_CAPABILITY
-    return {"OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
+    return {"OVERLAP": 2, "launch_pdl": True} if overlaps else {"OVERLAP": 0}
 
 
 def _row_stride(*vectors: Tensor | None) -> int:
@@ -577,6 +644,8 @@ FUSED = Ops(
     attend_views,
     fused_quantise_rows,
     fused_stream,
+    fused_embed,
+    fused_read,
     fused_norm_qkv,
     fused_norm_geglu,
     fused_project_add,
@@ -727,7 +796,7 @@ def _geglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):  # type: ig
 @jit
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
-    cache_ptr,
+    keys_values,
     lengths_ptr,
     shares_ptr,
     weights_ptr,
@@ -745,6 +814,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -769,9 +839,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         mask=is_row[:, None] & is_dim[None, :],
         other=0.0,
     )
-    keys_ptr = cache_ptr + (b.to(tl.int64) * capacity * KV_HEADS + kv) * HEAD_DIM
-    values_ptr = keys_ptr + values_offset
-
+    if not TMA:
+        keys_values += (b.to(tl.int64) * capacity * KV_HEADS + kv) * HEAD_DIM
     start = split * share
     end = tl.minimum(start + share, tl.load(lengths_ptr + b))
     most = tl.full([BLOCK_ROWS], -1e30, tl.float32)  # finite, so that a share without keys has weight 0 and no NaN
@@ -782,17 +851,24 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         is_key = k < end
         at = k[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
         inside = is_key[:, None] & is_dim[None, :]
-        keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+        if TMA:
+            keys = keys_values.load([b * capacity + first, kv * HEAD_DIM])
+        else:
+            keys = tl.load(keys_values + at, mask=inside, other=0.0)
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         logits = tl.where(is_key[None, :], logits, -1e30)
         highest = tl.maximum(most, tl.max(logits, 1))
         weights = tl.where(is_key[None, :], tl.exp2(logits - highest[:, None]), 0.0)
         shrink = tl.exp2(most - highest)
-        values = tl.load(values_ptr + at, mask=inside, other=0.0)
+        if TMA:
+            values = keys_values.load([(batch + b) * capacity + first, kv * HEAD_DIM])
+        else:
+            values = tl.load(keys_values + values_offset + at, mask=inside, other=0.0)
         found = found * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         most = highest
 
+    _release(OVERLAP)
     out_row = (split * batch * KV_HEADS + tl.program_id(1)) * rows + r
     tl.store(
         shares_ptr + out_row[:, None].to(tl.int64) * HEAD_DIM + d[None, :],
@@ -895,6 +971,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         mask=is_split[:, None] & is_dim[None, :],
         other=0.0,
     )
+    _release(OVERLAP)
     attended = tl.sum(found * shrink[:, None], 0) / tl.sum(totals * shrink, 0)
     token_head = (b * (rows // GROUP) + r // GROUP) * NUM_HEADS + kv * GROUP + r % GROUP
     tl.store(out_ptr + token_head.to(tl.int64) * HEAD_DIM + d, attended.to(out_ptr.dtype.element_ty), mask=is_dim)
@@ -914,10 +991,11 @@ def _quantise_kernel(x_ptr, quantised_ptr, scale_ptr, width, LARGEST: tl.constex
 
 @jit
 def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
-    scaled_ptr,
+    scaled,
     squares_ptr,
     product_ptr,
     weight_ptr,
+    weights,
     cos_ptr,
     sin_ptr,
     positions_ptr,
@@ -946,6 +1024,7 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -963,17 +1042,22 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     first = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     second = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
-    rows_at = r[:, None].to(tl.int64) * width
+    first_row, first_first, first_second = (
+        tl.program_id(0) * BLOCK_ROWS,
+        head * (2 * HALF) + part * BLOCK_OUT,
+        head * (2 * HALF) + HALF + part * BLOCK_OUT,
+    )
     for start in range(0, width, BLOCK_WIDTH):
-        k = start + tl.arange(0, BLOCK_WIDTH)
-        is_summed = (k < width)[None, :]
-        x = tl.load(scaled_ptr + rows_at + k[None, :], mask=is_row[:, None] & is_summed, other=0.0)
-        at = out[:, None] * width + k[None, :]
-        is_weight = inside[:, None] & is_summed
-        weight = tl.load(weight_ptr + at, mask=is_weight, other=0.0)
+        x = _tile(scaled, first_row, start, rows, width, BLOCK_ROWS, BLOCK_WIDTH, TMA)
+        weight = _tile(
+            weights, first_first, start, (NUM_HEADS + 2 * KV_HEADS) * (2 * HALF), width, BLOCK_OUT, BLOCK_WIDTH, TMA
+        )
         first = tl.dot(x, tl.trans(weight), first, input_precision="ieee")
-        weight = tl.load(weight_ptr + HALF * width + at, mask=is_weight, other=0.0)
+        weight = _tile(
+            weights, first_second, start, (NUM_HEADS + 2 * KV_HEADS) * (2 * HALF), width, BLOCK_OUT, BLOCK_WIDTH, TMA
+        )
         second = tl.dot(x, tl.trans(weight), second, input_precision="ieee")
+    _release(OVERLAP)
     scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
     first *= scale
     second *= scale
@@ -1004,10 +1088,11 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
-    scaled_ptr,
+    scaled,
     squares_ptr,
     product_ptr,
     weight_ptr,
+    weights,
     out_ptr,
     rows,
     width,
@@ -1024,6 +1109,7 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -1039,17 +1125,18 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     gate = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
-    rows_at = r[:, None].to(tl.int64) * width
+    first_row, first_gate, first_up = (
+        tl.program_id(0) * BLOCK_ROWS,
+        tl.program_id(1) * BLOCK_OUT,
+        inner + tl.program_id(1) * BLOCK_OUT,
+    )
     for start in range(0, width, BLOCK_WIDTH):
-        k = start + tl.arange(0, BLOCK_WIDTH)
-        is_summed = (k < width)[None, :]
-        x = tl.load(scaled_ptr + rows_at + k[None, :], mask=is_row[:, None] & is_summed, other=0.0)
-        at = n[:, None] * width + k[None, :]
-        is_weight = inside[:, None] & is_summed
-        weight = tl.load(weight_ptr + at, mask=is_weight, other=0.0)
+        x = _tile(scaled, first_row, start, rows, width, BLOCK_ROWS, BLOCK_WIDTH, TMA)
+        weight = _tile(weights, first_gate, start, 2 * inner, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
         gate = tl.dot(x, tl.trans(weight), gate, input_precision="ieee")
-        weight = tl.load(weight_ptr + inner * width + at, mask=is_weight, other=0.0)
+        weight = _tile(weights, first_up, start, 2 * inner, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
         up = tl.dot(x, tl.trans(weight), up, input_precision="ieee")
+    _release(OVERLAP)
     scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
     gate *= scale
     up *= scale
@@ -1063,8 +1150,9 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _project_add_kernel(  # type: ignore[no-untyped-def]
-    y_ptr,
+    y,
     weight_ptr,
+    weights,
     x_ptr,
     gate_ptr,
     factor_ptr,
@@ -1088,6 +1176,7 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     BLOCK_OUT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -1108,11 +1197,10 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     for start in range(first, end, BLOCK_WIDTH):
-        k = start + tl.arange(0, BLOCK_WIDTH)
-        is_summed = (k < end)[None, :]
-        y = tl.load(y_ptr + r[:, None].to(tl.int64) * inner + k[None, :], mask=is_row[:, None] & is_summed, other=0.0)
-        weight = tl.load(weight_ptr + n[:, None] * inner + k[None, :], mask=inside[:, None] & is_summed, other=0.0)
-        total = tl.dot(y, tl.trans(weight), total, input_precision="ieee")
+        one = _tile(y, tl.program_id(0) * BLOCK_ROWS, start, rows, inner, BLOCK_ROWS, BLOCK_WIDTH, TMA)
+        weight = _tile(weights, tl.program_id(1) * BLOCK_OUT, start, width, inner, BLOCK_OUT, BLOCK_WIDTH, TMA)
+        total = tl.dot(one, tl.trans(weight), total, input_precision="ieee")
+    _release(OVERLAP)
     at = r[:, None].to(tl.int64) * width + n[None, :]
     within = is_row[:, None] & inside[None, :]
     is_last = True
@@ -1158,6 +1246,7 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     inside = columns < width
     _wait(OVERLAP)
     x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0)
+    _release(OVERLAP)
     wide = x.to(tl.float32)
     tl.store(squares_ptr + row, tl.sum(wide * wide))
     if FACTOR:
@@ -1192,10 +1281,121 @@ def _row_scale(  # type: ignore[no-untyped-def]
 
 @jit
 def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For the kernels before this one to end. The next one may then begin, to wait likewise."""
-    if OVERLAP:
+    """For the kernels before this one to end."""
+    if OVERLAP > 0:
         tl.extra.cuda.gdc_wait()
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _release(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Lets the next kernel begin, up to where it waits."""
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _tile(  # type: ignore[no-untyped-def]
+    source, first, start, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TMA: tl.constexpr
+):
+    """Elements from `start` on of rows from `first` on of a matrix; zeros beyond its `rows` and `width`."""
+    if TMA:
+        tile = source.load([first, start])
+    else:
+        r, k = first + tl.arange(0, BLOCK_ROWS), start + tl.arange(0, BLOCK_WIDTH)
+        at = r[:, None].to(tl.int64) * width + k[None, :]
+        tile = tl.load(source + at, mask=(r < rows)[:, None] & (k < width)[None, :], other=0.0)
+    return tile
+
+
+@jit
+def _embed_kernel(  # type: ignore[no-untyped-def]
+    actions_ptr,
+    weight_ptr,
+    bias_ptr,
+    factor_ptr,
+    x_ptr,
+    scaled_ptr,
+    squares_ptr,
+    width,
+    num_actions,
+    stride,
+    FACTOR: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: one token."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_WIDTH)
+    is_action = k < num_actions
+    _wait(OVERLAP)
+    actions = tl.load(actions_ptr + row * num_actions + k, mask=is_action, other=0.0)
+    squares = 0.0
+    for first in range(0, width, BLOCK_OUT):
+        n = first + tl.arange(0, BLOCK_OUT)
+        inside = n < width
+        at = n[:, None] * num_actions + k[None, :]
+        weight = tl.load(weight_ptr + at, mask=inside[:, None] & is_action[None, :], other=0.0)
+        x = tl.sum(weight * actions[None, :], 1) + tl.load(bias_ptr + n, mask=inside, other=0.0)
+        x = x.to(x_ptr.dtype.element_ty)
+        wide = x.to(tl.float32)
+        squares += tl.sum(wide * wide)
+        tl.store(x_ptr + row * width + n, x, mask=inside)
+        if FACTOR:
+            x = (wide * tl.load(factor_ptr + row * stride + n, mask=inside, other=0.0)).to(x.dtype)
+        tl.store(scaled_ptr + row * width + n, x, mask=inside)
+    _release(OVERLAP)
+    tl.store(squares_ptr + row, squares)
+
+
+@jit
+def _read_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    squares_ptr,
+    factor_ptr,
+    shift_ptr,
+    weight_ptr,
+    bias_ptr,
+    read_ptr,
+    width,
+    num_actions,
+    stride,
+    EPSILON: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK_SQUARES: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: one token."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_OUT)
+    is_action = n < num_actions
+    _wait(OVERLAP)
+    part = tl.arange(0, BLOCK_SQUARES)
+    squares = tl.load(squares_ptr + row * SQUARES + part, mask=part < SQUARES, other=0.0)
+    scale = tl.rsqrt(tl.sum(squares) / width + EPSILON)
+    read = tl.zeros([BLOCK_OUT], tl.float32)
+    for first in range(0, width, BLOCK_WIDTH):
+        k = first + tl.arange(0, BLOCK_WIDTH)
+        inside = k < width
+        x = tl.load(x_ptr + row * width + k, mask=inside, other=0.0)
+        normed = x.to(tl.float32) * scale
+        if FACTOR:
+            normed *= tl.load(factor_ptr + row * stride + k, mask=inside, other=0.0)
+        if SHIFT:
+            normed += tl.load(shift_ptr + row * stride + k, mask=inside, other=0.0)
+        normed = normed.to(x.dtype).to(tl.float32)
+        at = n[:, None] * width + k[None, :]
+        weight = tl.load(weight_ptr + at, mask=is_action[:, None] & inside[None, :], other=0.0)
+        read += tl.sum(weight * normed[None, :], 1)
+    _release(OVERLAP)
+    read += tl.load(bias_ptr + n, mask=is_action, other=0.0)
+    tl.store(read_ptr + row * num_actions + n, read, mask=is_action)
 
 
 @jit

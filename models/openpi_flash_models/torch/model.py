@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from openpi_flash_models import flow
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
-from openpi_flash_models.torch.ops import NORM_EPSILON, REFERENCE, Norm, Ops, Span, rope_table
+from openpi_flash_models.torch.ops import NORM_EPSILON, REFERENCE, Norm, Ops, Span, Stream, rope_table
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -122,7 +122,9 @@ class Pi0(nn.Module):
         if not self.config.is_pi05:
             # pi0's state token sees no action, and nothing of it depends on the time: its keys and values are the same
             # in every step.
-            self.suffix_forward(self.embed_state(inputs.state), Step(), Context(cache, self.suffix_span(lengths, 1)))
+            norms = self.expert_norms(Step())
+            state = self.ops.stream(self.embed_state(inputs.state), norms[0])
+            self.run_expert(state, norms, Context(cache, self.suffix_span(lengths, 1)))
             lengths = lengths + 1
         return Context(cache, self.suffix_span(lengths, self.config.action_horizon))
 
@@ -177,25 +179,30 @@ class Pi0(nn.Module):
 
     def velocity(self, x: Tensor, step: Step, context: Context) -> Tensor:
         """v(x, t) of one flow step, (B, H, A) float32. Overwrites the cache behind what comes before the actions."""
-        tokens = self.embed_actions(x, step)
-        return self.action_out_proj(self.suffix_forward(tokens, step, context).float())
+        norms = self.expert_norms(step)
+        stream = self.run_expert(self.embed_actions(x, step, norms[0]), norms, context)
+        return self.ops.read(stream, norms[-1], self.action_out_proj.weight, self.action_out_proj.bias)
 
     def embed_state(self, state: Tensor) -> Tensor:
         """pi0's state token, (B, 1, E) in the compute dtype."""
         return self.state_proj(state)[:, None].to(self.dtype)
 
-    def embed_actions(self, x: Tensor, step: Step) -> Tensor:
-        """Action tokens (B, H, E) in the compute dtype."""
+    def embed_actions(self, x: Tensor, step: Step, norm: Norm) -> Stream:
+        """Action tokens (B, H, E) in the compute dtype, on their way to the first norm."""
+        if step.time_bias is None:
+            return self.ops.embed(x, self.action_in_proj.weight, self.action_in_proj.bias, norm, self.dtype)
         actions = self.action_in_proj(x)
-        if step.time_bias is not None:
-            action_half = self.action_time_mlp_in.weight[:, : actions.shape[-1]]
-            actions = self.action_time_mlp_out(F.silu(F.linear(actions, action_half) + step.time_bias))
-        return actions.to(self.dtype)
+        action_half = self.action_time_mlp_in.weight[:, : actions.shape[-1]]
+        actions = self.action_time_mlp_out(F.silu(F.linear(actions, action_half) + step.time_bias))
+        return self.ops.stream(actions.to(self.dtype), norm)
 
-    def suffix_forward(self, x: Tensor, step: Step, context: Context) -> Tensor:
-        """Runs the action expert over (B, T, E) tokens behind the prefix; returns its final-normed output."""
-        ops, span, norms = self.ops, context.span, self.expert_norms(step)
-        stream = ops.stream(x, norms[0])
+    def suffix_forward(self, stream: Stream, norms: list[Norm], context: Context) -> Tensor:
+        """Runs the action expert over tokens behind the prefix; returns its final-normed output, (B, T, E)."""
+        return self.ops.rms_norm(self.run_expert(stream, norms, context).x, norms[-1].factor, norms[-1].shift)
+
+    def run_expert(self, stream: Stream, norms: list[Norm], context: Context) -> Stream:
+        """All layers of the action expert."""
+        ops, span = self.ops, context.span
         for i, (layer, own) in enumerate(zip(self.expert, context.cache, strict=True)):
             norm, next_norm, norm_behind = norms[2 * i : 2 * i + 3]
             qkv, out, gate_up, down = (each.weight for each in (layer.qkv, layer.out, layer.gate_up, layer.down))
@@ -205,7 +212,7 @@ class Pi0(nn.Module):
             inner = ops.norm_geglu(stream, next_norm, gate_up, ahead=down)
             next_qkv = self.expert[(i + 1) % len(self.expert)].qkv.weight
             stream = ops.project_add(inner, down, stream, next_norm.gate, norm_behind, ahead=next_qkv)
-        return ops.rms_norm(stream.x, norms[-1].factor, norms[-1].shift)
+        return stream
 
     def expert_norms(self, step: Step) -> list[Norm]:
         """The norms of the expert in their order. pi0's are folded into the matrices behind them, but for the last."""

@@ -72,7 +72,7 @@ class Stream(NamedTuple):
 class Ops(NamedTuple):
     """One implementation of every operation. Where a factor, shift or gate is None, it is left out.
 
-    The last four are all of an expert's layer but its attention: short of tokens, it waits for launches and memory, so
+    The last six are all of an expert but its attention: short of tokens, it waits for launches and memory, so
     that what surrounds a product is part of it. These and `attend_suffix` may be told, as
     `ahead`, of a matrix that is needed soon, for the cache to fetch while memory has nothing else to do.
 
@@ -92,6 +92,9 @@ class Ops(NamedTuple):
         attend_views: (qkv (V, T, 3·N·h), N) to (V, T, N·h): every token of a view attends to all of that view.
         quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
         stream: (x (B, T, W), the `Norm` it meets next) to a `Stream`.
+        embed: (actions (B, T, A) float32, weight (W, A) and bias of a projection in float32, the `Norm` they meet next,
+            dtype) to the `Stream` of their tokens.
+        read: (stream, the `Norm` it meets, weight (A, W) and bias of a projection in float32) to (B, T, A) float32.
         norm_qkv: (stream, the `Norm` it meets, weight ((N+2K)·h, W), span, cache): `rotate_into_cache` of the product
             of the normed x.
         norm_geglu: (stream, the `Norm` it meets, weight (2M, W)): `geglu` of the product of the normed x, (B, T, M).
@@ -111,6 +114,8 @@ class Ops(NamedTuple):
     attend_views: Callable[[Tensor, int], Tensor]
     quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     stream: Callable[[Tensor, Norm], Stream]
+    embed: Callable[[Tensor, Tensor, Tensor, Norm, torch.dtype], Stream]
+    read: Callable[[Stream, Norm, Tensor, Tensor], Tensor]
     norm_qkv: Callable[..., Tensor]
     norm_geglu: Callable[..., Tensor]
     project_add: Callable[..., Stream]
@@ -213,6 +218,14 @@ def stream(x: Tensor, norm: Norm) -> Stream:
     return Stream(x)
 
 
+def embed(actions: Tensor, weight: Tensor, bias: Tensor, norm: Norm, dtype: torch.dtype) -> Stream:
+    return Stream(F.linear(actions, weight, bias).to(dtype))
+
+
+def read(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(rms_norm(stream.x, norm.factor, norm.shift).float(), weight, bias)
+
+
 def norm_qkv(
     stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, *, ahead: Tensor | None = None
 ) -> Tensor:
@@ -243,6 +256,8 @@ REFERENCE = Ops(
     attend_views,
     quantise_rows,
     stream,
+    embed,
+    read,
     norm_qkv,
     norm_geglu,
     project_add,
