@@ -3,7 +3,7 @@
 Every line is one operation of one layer, called once with the weights of each layer, so that no cache holds them, all
 in one CUDA graph. Beside it, the same in plain PyTorch, and the rates that the fastest reached: of a flow step bytes
 count, of the prefix arithmetic. The kernels of a flow step's layer are timed one after the other, as they overlap, each
-shared out to programs in other ways in turn (TILES). Attention of the prefix and of the views is timed in tiles of
+in turn shared out to programs in other ways (TILES). Attention of the prefix and of the views is timed in tiles of
 several sizes, rotations with more and fewer heads of a token to a program. Without a GPU it times a tiny model, to show
 that it runs.
 """
@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -45,50 +45,28 @@ def tiles(**choices: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 TILES: dict[str, list[dict[str, int]]] = {
-    "norm_qkv": tiles(
-        BLOCK_OUT=(16, 16, 16, 16, 32, 32, 64),
-        BLOCK_WIDTH=(128, 128, 64, 256, 128, 64, 64),
-        num_stages=(4, 6, 8, 3, 4, 6, 5),
+    "norm_qkv": tiles(BLOCK_OUT=(16, 16, 16, 32), BLOCK_WIDTH=(128, 128, 256, 128), num_stages=(4, 6, 3, 4)),
+    "attend_suffix": tiles(
+        BLOCK_KEYS=(64, 64, 32, 64), num_warps=(4, 4, 4, 8), num_stages=(2, 1, 3, 2), splits=(14, 14, 14, 14)
     ),
-    "attend_suffix": [
-        *tiles(
-            BLOCK_KEYS=(32, 64, 64, 64, 64, 64, 64, 32, 128),
-            num_warps=(4, 4, 4, 8, 8, 4, 8, 4, 8),
-            num_stages=(2, 1, 2, 2, 1, 2, 2, 3, 1),
-            splits=(14, 14, 14, 14, 14, 7, 7, 14, 7),
-        ),
-        *({"BLOCK_KEYS": 64, "num_warps": warps, "splits": 14, "TMA": 0} for warps in (4, 8)),
-        {"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "num_warps": 8, "num_stages": 2, "splits": 14},
-    ],
     "out": tiles(
-        BLOCK_OUT=(16, 16, 32, 32, 32, 32, 64, 64, 64),
-        BLOCK_WIDTH=(128, 128, 128, 128, 64, 256, 128, 128, 128),
-        num_stages=(6, 4, 4, 4, 6, 2, 3, 4, 3),
-        SPLITS=(1, 2, 2, 4, 4, 4, 4, 8, 2),
+        BLOCK_OUT=(16, 16, 16, 32, 32),
+        BLOCK_WIDTH=(128, 128, 256, 128, 128),
+        num_stages=(6, 4, 4, 4, 4),
+        SPLITS=(1, 2, 1, 4, 2),
     ),
-    "norm_geglu": [
-        *tiles(
-            BLOCK_OUT=(32, 32, 32, 32, 32, 16, 64, 64, 32),
-            BLOCK_WIDTH=(128, 128, 128, 64, 64, 128, 128, 64, 256),
-            num_stages=(3, 4, 5, 6, 8, 6, 3, 5, 2),
-        ),
-        {"BLOCK_OUT": 64, "BLOCK_WIDTH": 128, "num_stages": 3, "num_warps": 8},
-        {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 4, "TMA": 0},
-    ],
+    "norm_geglu": tiles(BLOCK_OUT=(32, 32, 32, 64), BLOCK_WIDTH=(128, 128, 128, 128), num_stages=(4, 3, 5, 3)),
     "down": tiles(
-        BLOCK_OUT=(16, 32, 32, 32, 32, 32, 64, 64, 64),
-        BLOCK_WIDTH=(128, 128, 128, 256, 64, 128, 128, 128, 128),
-        num_stages=(6, 4, 6, 3, 8, 4, 4, 4, 3),
-        SPLITS=(2, 4, 4, 4, 4, 8, 4, 8, 16),
+        BLOCK_OUT=(32, 32, 32, 16, 32),
+        BLOCK_WIDTH=(128, 128, 256, 128, 128),
+        num_stages=(6, 4, 3, 6, 4),
+        SPLITS=(4, 4, 4, 2, 8),
     ),
 }
 """How each kernel of a layer could be shared out to programs."""
 
-MODES: list[dict[str, int]] = [
-    {"OVERLAP": 0, "launch_pdl": 0},
-    *({"OVERLAP": overlap, "launch_pdl": 1} for overlap in (1, 2)),
-]
-"""Each kernel after the one before it; begun when that began; begun when that has read all it needs."""
+SWITCHES: list[dict[str, int]] = [{"PREFETCH": 0}, {"OVERLAP": 0, "launch_pdl": 0, "PREFETCH": 0}]
+"""What all of them could do without: fetching weights early, and beginning before the kernel before them has ended."""
 
 REPLAYS = 10
 
@@ -270,7 +248,7 @@ def expert_cases(part: str, gemma: GemmaConfig, batch: int, tokens: int, lengths
 
 
 def layer_cases(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span) -> Cases:
-    """Each kernel of an expert's layer, shared out in every way of TILES; then the layer, from one to the next, of the
+    """An expert's layer, from one to the next: each kernel in turn shared out in every way of TILES, and then in the
     fastest."""
     device, layers = x.device, gemma.depth
     width, heads_width = gemma.width, gemma.num_heads * gemma.head_dim
@@ -287,16 +265,8 @@ def layer_cases(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span)
         Norm(*torch.rand(3, width, device=device), torch.rand(size, device=device))
         for size in (wide, 2 * gemma.mlp_dim)
     ]
-    steps: dict[str, Callable[..., Any]] = {
-        "norm_qkv": lambda ops, i, stream, **kw: ops.norm_qkv(stream, norms[0], qkv[i], span, caches[i], **kw),
-        "attend_suffix": lambda ops, i, q, **kw: ops.attend_suffix(q, caches[i], span.lengths, **kw).flatten(2),
-        "out": lambda ops, i, y, stream, **kw: ops.project_add(y, out[i], stream, norms[0].gate, norms[1], **kw),
-        "norm_geglu": lambda ops, i, stream, **kw: ops.norm_geglu(stream, norms[1], gate_up[i], **kw),
-        "down": lambda ops, i, y, stream, **kw: ops.project_add(y, down[i], stream, norms[1].gate, norms[0], **kw),
-    }
-    ahead = {"norm_qkv": out, "attend_suffix": gate_up, "norm_geglu": down, "down": qkv[1:] + qkv[:1]}
 
-    def layer(ops: Ops, chosen: dict[str, dict[str, int]], *, many_rows: int = 1 << 20, fetches: bool = False) -> Call:
+    def layer(ops: Ops, chosen: dict[str, dict[str, int]], *, many_rows: int = 1 << 20) -> Call:
         streams: list[Stream] = []
 
         def call(i: int) -> object:
@@ -304,62 +274,36 @@ def layer_cases(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span)
             if i == 0:
                 streams[:] = [ops.stream(x, norms[0])]
             (stream,) = streams
-            kw = {
-                name: {**chosen.get(name, {}), **({"ahead": ahead[name][i]} if fetches and name in ahead else {})}
-                for name in steps
-            }
-            q = steps["norm_qkv"](ops, i, stream, **kw["norm_qkv"])
-            attended = steps["attend_suffix"](ops, i, q, **kw["attend_suffix"])
-            stream = steps["out"](ops, i, attended, stream, **kw["out"])
-            inner = steps["norm_geglu"](ops, i, stream, **kw["norm_geglu"])
-            streams[:] = [steps["down"](ops, i, inner, stream, **kw["down"])]
+            kw = {name: chosen.get(name, {}) for name in TILES}
+            q = ops.norm_qkv(stream, norms[0], qkv[i], span, caches[i], **kw["norm_qkv"])
+            attended = ops.attend_suffix(q, caches[i], span.lengths, **kw["attend_suffix"]).flatten(2)
+            stream = ops.project_add(attended, out[i], stream, norms[0].gate, norms[1], **kw["out"])
+            inner = ops.norm_geglu(stream, norms[1], gate_up[i], **kw["norm_geglu"])
+            streams[:] = [ops.project_add(inner, down[i], stream, norms[1].gate, norms[0], **kw["down"])]
             return streams
 
         return call
 
-    best: dict[str, dict[str, int]] = {}
-    if device.type == "cuda" and len(x) == 1:
-        kernels.MANY_ROWS = 1 << 20
-        stream = FUSED.project_add(
-            torch.randn_like(x),
-            torch.randn(width, width, device=device).to(x.dtype),
-            FUSED.stream(x, norms[0]),
-            norms[0].gate,
-            norms[0],
-        )
-        inputs = {
-            "norm_qkv": (stream,),
-            "attend_suffix": (torch.randn(*x.shape[:2], gemma.num_heads, gemma.head_dim, device=device).to(x.dtype),),
-            "out": (torch.randn(*x.shape[:2], heads_width, device=device).to(x.dtype), stream),
-            "norm_geglu": (stream,),
-            "down": (torch.randn(*x.shape[:2], gemma.mlp_dim, device=device).to(x.dtype), stream),
-        }
-        for name, variants in TILES.items():
-            calls, taken = {}, {}
-            for each in variants:
-                shown = ",".join(f"{key}={value}" for key, value in each.items())
-                calls[shown] = functools.partial(
-                    lambda i, name, each: steps[name](FUSED, i, *inputs[name], **each, **MODES[0]), name=name, each=each
-                )
-                taken[shown] = each
-            times = yield Case(f"step {name}", calls, 0, 0)
-            best[name] = taken[min(times, key=lambda shown: times[shown])] if times else {}
+    products = [product_costs(x.numel() // width, len(each[0][0]), len(each[0])) for each in (qkv, out, gate_up, down)]
+    flops, num_bytes = map(sum, zip(*products, strict=True))
     calls = {"plain": layer(REFERENCE, {})}
     if device.type == "cuda":
         calls |= {"fused": layer(FUSED, {}), "with cuBLAS": layer(FUSED, {}, many_rows=0)}
-    if best:
-        for mode in MODES:
-            for prefetches, fetches in itertools.product((0, 1), (False, True)) if mode["OVERLAP"] else [(0, False)]:
-                chosen = {
-                    name: {**each, **mode, **({} if name == "attend_suffix" else {"PREFETCH": prefetches})}
-                    for name, each in best.items()
-                }
-                calls[f"overlap {mode['OVERLAP']}, prefetch {prefetches}, ahead {int(fetches)}"] = layer(
-                    FUSED, chosen, fetches=fetches
-                )
-    products = [product_costs(x.numel() // width, len(each[0][0]), len(each[0])) for each in (qkv, out, gate_up, down)]
-    flops, num_bytes = map(sum, zip(*products, strict=True))
     yield Case("step layer", calls, flops, num_bytes)
+    if device.type == "cpu" or len(x) > 1:
+        return
+    best: dict[str, dict[str, int]] = {}
+    for name, variants in TILES.items():
+        taken = {",".join(f"{key}={value}" for key, value in each.items()): each for each in variants}
+        calls = {shown: layer(FUSED, {**best, name: each}) for shown, each in taken.items()}
+        if times := (yield Case(f"step layer by {name}", calls, flops, num_bytes)):
+            best[name] = taken[min(times, key=lambda shown: times[shown])]
+    calls = {"fastest": layer(FUSED, best)}
+    for switches in SWITCHES:
+        chosen = {name: {**best.get(name, {}), **switches} for name in TILES}
+        chosen["attend_suffix"].pop("PREFETCH")
+        calls[",".join(f"{key}={value}" for key, value in switches.items())] = layer(FUSED, chosen)
+    yield Case(f"step layer, {best}", calls, flops, num_bytes)
 
 
 def name_of(tiles: Tiles) -> str:

@@ -38,7 +38,16 @@ except ImportError:  # there is none for this platform: the reference serves
 
 
 MANY_ROWS = 64
-"""Tokens of a batch above which cuBLAS and a kernel behind it are faster than one kernel of ours for both."""
+"""Tokens of a batch up to which one kernel of ours for a product and what surrounds it is faster than cuBLAS."""
+
+HOPPER_TILES = {
+    "norm_qkv": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 4},
+    "attend_suffix": {"BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2, "splits": 14},
+    "out": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 6, "SPLITS": 1},
+    "norm_geglu": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 4},
+    "down": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 6, "SPLITS": 4},
+}
+"""How the kernels of a flow step are shared out to programs where this is fastest, found by benchmarks/kernels.py."""
 
 OVERLAP_CAPABILITY = 90
 """Of GPUs on which a kernel can begin before the one before it has ended (programmatic dependent launch)."""
@@ -67,15 +76,19 @@ class Tiles(NamedTuple):
 
 PREFIX_TILES = (
     Tiles(64, 64, 4, 2),
-    Tiles(64, 64, 8, 2),
     Tiles(64, 64, 4, 1),
+    Tiles(64, 64, 8, 2),
     Tiles(64, 32, 4, 2),
     Tiles(64, 128, 8, 1),
     Tiles(128, 64, 8, 2),
     Tiles(128, 64, 8, 1),
     Tiles(128, 128, 8, 1),
 )
-"""For attention of the prefix, those that a Hopper GPU has registers and shared memory for."""
+"""For attention of the prefix, those that a Hopper GPU has registers and shared memory for: first the fastest where
+every program has a multiprocessor to itself, then the fastest where two share one."""
+
+PREFIX_ROWS = 64 * 132
+"""Up to which each has one to itself."""
 
 
 VIEW_TILES = (
@@ -192,25 +205,26 @@ def fused_geglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def fused_attend_suffix(
-    q: Tensor, cache: Tensor, lengths: Tensor, *, ahead: Tensor | None = None, splits: int = 0, **tiles: int
-) -> Tensor:
+def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, **tiles: int) -> Tensor:
     """The keys of a row are shared out to `splits` programs, since a few queries alone would leave most of a GPU idle;
     a second kernel joins what they found (Dao et al., Flash-Decoding)."""
     q = q.contiguous()
     batch, tokens, num_heads, head_dim = q.shape
     _, _, capacity, kv_heads, _ = cache.shape
     rows = tokens * (num_heads // kv_heads)
+    overlap = _overlap(q)
     tile = {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
+    tile["splits"] = min(14, max(4, 32 // batch))  # robots at a time keep a GPU busy, too
     if q.dtype == torch.float32:
         # Multiplied outside of the tensor cores: the tiles of these would not fit into registers, nor into the shared
         # memory of a consumer's GPU.
         tile |= {"BLOCK_ROWS": 32, "BLOCK_KEYS": 16, "num_warps": 8}
-    overlap = _overlap(q)
-    if not overlap["OVERLAP"]:  # before Hopper, factors pass through registers
+    elif not overlap["OVERLAP"]:  # factors pass through registers
         tile["num_warps"] = 8
+    elif batch * tokens <= MANY_ROWS:
+        tile |= HOPPER_TILES["attend_suffix"]
     tile |= {"TMA": q.device.type != "cpu" and _is_for_hopper(q)} | overlap | tiles
-    splits = splits or default_splits(batch)
+    splits = tile.pop("splits")
     shares = q.new_empty(splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)
     weights = q.new_empty(2, splits, batch, kv_heads, rows, dtype=torch.float32)
     share = triton.cdiv(triton.cdiv(capacity, tile["BLOCK_KEYS"]), splits) * tile["BLOCK_KEYS"]
@@ -232,10 +246,8 @@ def fused_attend_suffix(
         cache[0].numel(),
         share,
         head_dim**-0.5 * math.log2(math.e),
-        *_ahead(ahead, q),
         **sizes,
         BLOCK_DIM=block_dim,
-        AHEAD=ahead is not None,
         **tile,
     )
     out = torch.empty_like(q)
@@ -255,11 +267,6 @@ def fused_attend_suffix(
     return out
 
 
-def default_splits(batch: int) -> int:
-    """More robots at a time keep a GPU busy with fewer shares of each."""
-    return max(4, 14 // batch)
-
-
 def hopper_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """`tiled_attend_prefix` on the GPUs for whose tensor cores and shared memory it is written; others' FlashAttention
     is PyTorch's."""
@@ -277,8 +284,10 @@ def _is_for_hopper(x: Tensor) -> bool:
     return x.dtype != torch.float32 and bool(triton.runtime.driver.active.get_current_target().arch == HOPPER)
 
 
-def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Tiles = PREFIX_TILES[0]) -> Tensor:
+def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Tiles | None = None) -> Tensor:
     q = q.contiguous()
+    if tiles is None:
+        tiles = PREFIX_TILES[0 if q.numel() // q.shape[-1] <= PREFIX_ROWS else 1]
     _, batch, capacity, kv_heads, head_dim = cache.shape
     out = torch.empty_like(q)
     keys_values = cache.view(-1, kv_heads * head_dim)
@@ -374,7 +383,7 @@ def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
 def fused_stream(x: Tensor, norm: Norm) -> Stream:
     x, factor = x.contiguous(), norm.factor
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
-    if rows > MANY_ROWS:
+    if _is_for_cublas(x, rows):
         return Stream(x, fused_rms_norm(x, factor, norm.shift))
     scaled, squares = torch.empty_like(x), x.new_empty(rows, 1, dtype=torch.float32)
     _stream_kernel[(rows,)](
@@ -393,11 +402,13 @@ def fused_stream(x: Tensor, norm: Norm) -> Stream:
 
 def fused_embed(actions: Tensor, weight: Tensor, bias: Tensor, norm: Norm, dtype: torch.dtype) -> Stream:
     rows, width = actions.numel() // actions.shape[-1], len(weight)
-    if rows > MANY_ROWS:
+    if _is_for_cublas(torch.empty(0, dtype=dtype, device=actions.device), rows):
         return fused_stream(F.linear(actions, weight, bias).to(dtype), norm)
     x = actions.new_empty(*actions.shape[:-1], width, dtype=dtype)
-    scaled, squares = torch.empty_like(x), actions.new_empty(rows, 1)
-    _embed_kernel[(rows,)](
+    block = 128
+    parts = triton.cdiv(width, block)
+    scaled, squares = torch.empty_like(x), actions.new_empty(rows, parts)
+    _embed_kernel[(rows, parts)](
         actions.contiguous(),
         weight,
         bias,
@@ -409,7 +420,7 @@ def fused_embed(actions: Tensor, weight: Tensor, bias: Tensor, norm: Norm, dtype
         actions.shape[-1],
         _row_stride(norm.factor),
         FACTOR=norm.factor is not None,
-        BLOCK_OUT=128,
+        BLOCK_OUT=block,
         BLOCK_WIDTH=triton.next_power_of_2(actions.shape[-1]),
         **_overlap(x),
     )
@@ -422,7 +433,8 @@ def fused_read(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor) -> Tens
     if squares is None:
         return F.linear(scaled.float(), weight, bias)
     read = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
-    _read_kernel[(len(squares),)](
+    block = 8
+    _read_kernel[(len(squares), triton.cdiv(len(weight), block))](
         x,
         squares,
         x if norm.factor is None else norm.factor,
@@ -438,16 +450,14 @@ def fused_read(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor) -> Tens
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         FACTOR=norm.factor is not None,
         SHIFT=norm.shift is not None,
-        BLOCK_OUT=triton.next_power_of_2(len(weight)),
-        BLOCK_WIDTH=128,
+        BLOCK_OUT=block,
+        BLOCK_WIDTH=triton.next_power_of_2(x.shape[-1]),
         **_overlap(x),
     )
     return read
 
 
-def fused_norm_qkv(
-    stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, *, ahead: Tensor | None = None, **tiles: int
-) -> Tensor:
+def fused_norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, **tiles: int) -> Tensor:
     x, scaled, squares = stream
     assert scaled is not None  # noqa: S101 - of a stream of ours
     if squares is None:
@@ -457,7 +467,7 @@ def fused_norm_qkv(
     num_heads = len(weight) // head_dim - 2 * kv_heads
     q = x.new_empty(batch, tokens, num_heads, head_dim)
     positions, (cos, sin) = span.positions.contiguous(), (table.contiguous() for table in span.rope)
-    tile = _tiles(x, outputs=16) | tiles
+    tile = _tiles(x, "norm_qkv") | tiles
     tile["BLOCK_OUT"] = min(tile["BLOCK_OUT"], triton.next_power_of_2(head_dim // 2))
     parts = triton.cdiv(head_dim // 2, tile["BLOCK_OUT"])
     _norm_qkv_kernel[(triton.cdiv(batch * tokens, tile["BLOCK_ROWS"]), (num_heads + 2 * kv_heads) * parts)](
@@ -478,7 +488,6 @@ def fused_norm_qkv(
         tokens if len(cos) > 1 else 0,
         tokens if len(positions) > 1 else 0,
         batch * capacity * kv_heads * head_dim,
-        *_ahead(ahead, x),
         _row_stride(norm.product),
         EPSILON=NORM_EPSILON,
         SQUARES=squares.shape[1],
@@ -489,22 +498,19 @@ def fused_norm_qkv(
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
         PARTS=parts,
-        AHEAD=ahead is not None,
         **tile,
     )
     return q
 
 
-def fused_norm_geglu(
-    stream: Stream, norm: Norm, weight: Tensor, *, ahead: Tensor | None = None, **tiles: int
-) -> Tensor:
+def fused_norm_geglu(stream: Stream, norm: Norm, weight: Tensor, **tiles: int) -> Tensor:
     x, scaled, squares = stream
     assert scaled is not None  # noqa: S101 - of a stream of ours
     if squares is None:
         return fused_geglu(F.linear(scaled, weight))
     width, inner, rows = x.shape[-1], len(weight) // 2, len(squares)
     out = x.new_empty(*x.shape[:-1], inner)
-    tile = _tiles(x, outputs=32) | tiles
+    tile = _tiles(x, "norm_geglu") | tiles
     _norm_geglu_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(inner, tile["BLOCK_OUT"]))](
         _source(scaled.view(-1, width), tile, "BLOCK_ROWS"),
         squares,
@@ -515,14 +521,12 @@ def fused_norm_geglu(
         rows,
         width,
         inner,
-        *_ahead(ahead, x),
         _row_stride(norm.product),
         EPSILON=NORM_EPSILON,
         SQUARES=squares.shape[1],
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         PRODUCT=norm.product is not None,
         PER_TOKEN=_row_stride(norm.product) > 0,
-        AHEAD=ahead is not None,
         **tile,
     )
     return out
@@ -534,14 +538,13 @@ def fused_project_add(
     stream: Stream,
     gate: Tensor | None,
     norm: Norm,
-    ahead: Tensor | None = None,
     **tiles: int,
 ) -> Stream:
     x, y, factor = stream.x, y.contiguous(), norm.factor
     width, inner, rows = x.shape[-1], y.shape[-1], x.numel() // x.shape[-1]
-    if rows > MANY_ROWS:
+    if _is_for_cublas(x, rows):
         return Stream(*fused_add_rms_norm(x, F.linear(y, weight), gate, factor, norm.shift))
-    tile = _tiles(x, outputs=16) | tiles
+    tile = _tiles(x, "out" if inner <= 2 * width else "down") | tiles
     splits, parts = tile.pop("SPLITS", 1), triton.cdiv(width, tile["BLOCK_OUT"])
     blocks = triton.cdiv(rows, tile["BLOCK_ROWS"])
     out, scaled, squares = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, parts, dtype=torch.float32)
@@ -565,26 +568,33 @@ def fused_project_add(
         inner,
         triton.cdiv(triton.cdiv(inner, tile["BLOCK_WIDTH"]), splits) * tile["BLOCK_WIDTH"],
         _row_stride(gate, factor),
-        *_ahead(ahead, x),
         GATE=gate is not None,
         FACTOR=factor is not None,
         PER_TOKEN=_row_stride(gate, factor) > 0,
         SPLITS=splits,
-        AHEAD=ahead is not None,
         **tile,
     )
     return Stream(out, scaled, squares)
 
 
-def _tiles(x: Tensor, *, outputs: int) -> dict[str, int]:
+def _is_for_cublas(x: Tensor, rows: int) -> bool:
+    """Whether its products and a kernel behind them are faster than one kernel of ours for both."""
+    return rows > MANY_ROWS or (x.dtype == torch.float32 and x.device.type == "cuda")
+
+
+def _tiles(x: Tensor, kernel: str) -> dict[str, int]:
     """How a product is shared out to programs: rows, outputs, and how much of a row at a time."""
     overlap = _overlap(x)
-    tiles = {"BLOCK_ROWS": 64, "BLOCK_OUT": outputs, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 3}
     if x.dtype == torch.float32:  # multiplied outside of the tensor cores, in registers
-        tiles |= {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_WIDTH": 32, "num_stages": 2}
-    elif not overlap["OVERLAP"]:  # before Hopper, factors pass through registers
-        tiles |= {"BLOCK_OUT": 16}
-    return tiles | {"PREFETCH": False, "TMA": x.device.type != "cpu" and _is_for_hopper(x)} | overlap
+        tiles = {"BLOCK_OUT": 16, "BLOCK_WIDTH": 32, "num_stages": 2}
+    elif overlap["OVERLAP"]:
+        tiles = HOPPER_TILES[kernel]
+    else:  # factors pass through registers
+        tiles = {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 3}
+    is_gpu = x.device.type != "cpu"
+    block_rows = 16 if x.dtype == torch.float32 else 64
+    on_gpu = {"PREFETCH": is_gpu, "TMA": is_gpu and _is_for_hopper(x)}
+    return {"BLOCK_ROWS": block_rows, "num_warps": 4, **tiles, **on_gpu, **overlap}
 
 
 def _source(matrix: Tensor, tile: dict[str, int], rows: str) -> Any:
@@ -594,24 +604,19 @@ def _source(matrix: Tensor, tile: dict[str, int], rows: str) -> Any:
     return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [tile[rows], tile["BLOCK_WIDTH"]])
 
 
-def _overlap(x: Tensor) -> dict[str, int]:
+def _overlap(x: Tensor) -> dict[str, bool]:
     """Whether a kernel begins while the one before it ends, and how its launch is told."""
     if x.device.type == "cpu":
-        return {"OVERLAP": 0}
+        return {"OVERLAP": False}
     target = triton.runtime.driver.active.get_current_target()
     overlaps = target.backend == "cuda" and target.arch >= OVERLAP_CAPABILITY
-    return {"OVERLAP": 2, "launch_pdl": True} if overlaps else {"OVERLAP": 0}
+    return {"OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
 
 
 def _row_stride(*vectors: Tensor | None) -> int:
     """How far those of one token are from those of the next, alike for all; 0: one vector serves all tokens."""
     (stride,) = {vector.stride(-2) if vector.dim() > 1 else 0 for vector in vectors if vector is not None} or {0}
     return stride
-
-
-def _ahead(matrix: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
-    """A matrix to fetch and its size; where there is none, something in its place."""
-    return (other, 0) if matrix is None else (matrix, matrix.numel())
 
 
 @functools.cache
@@ -806,8 +811,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     values_offset,
     share,
     scale,
-    ahead_ptr,
-    ahead_size,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -815,7 +818,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     TMA: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: a block of the rows (token, head of the group) of one key head, against one share of the keys.
@@ -830,8 +832,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     d = tl.arange(0, BLOCK_DIM)
     is_row, is_dim = r < rows, d < HEAD_DIM
 
-    if AHEAD:
-        _prefetch_share(ahead_ptr, ahead_size)
     _wait(OVERLAP)
     token_head = (b * (rows // GROUP) + r // GROUP) * NUM_HEADS + kv * GROUP + r % GROUP
     q = tl.load(
@@ -868,7 +868,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(weights, 1)
         most = highest
 
-    _release(OVERLAP)
     out_row = (split * batch * KV_HEADS + tl.program_id(1)) * rows + r
     tl.store(
         shares_ptr + out_row[:, None].to(tl.int64) * HEAD_DIM + d[None, :],
@@ -971,7 +970,6 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         mask=is_split[:, None] & is_dim[None, :],
         other=0.0,
     )
-    _release(OVERLAP)
     attended = tl.sum(found * shrink[:, None], 0) / tl.sum(totals * shrink, 0)
     token_head = (b * (rows // GROUP) + r // GROUP) * NUM_HEADS + kv * GROUP + r % GROUP
     tl.store(out_ptr + token_head.to(tl.int64) * HEAD_DIM + d, attended.to(out_ptr.dtype.element_ty), mask=is_dim)
@@ -1008,8 +1006,6 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     rope_batch_stride,
     position_batch_stride,
     values_offset,
-    ahead_ptr,
-    ahead_size,
     stride,
     EPSILON: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -1025,7 +1021,6 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     TMA: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: for a block of tokens, some elements of the first half of a head and those that turn with them."""
@@ -1033,50 +1028,43 @@ def _norm_qkv_kernel(  # type: ignore[no-untyped-def]
     head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     i = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_row, inside = r < rows, i < HALF
-    out = head * (2 * HALF) + i
+    out, num_out = head * (2 * HALF) + i, (NUM_HEADS + 2 * KV_HEADS) * (2 * HALF)
     if PREFETCH:
         _prefetch_rows(weight_ptr, out, inside, 0, width, width)
         _prefetch_rows(weight_ptr + HALF * width, out, inside, 0, width, width)
-    if AHEAD:
-        _prefetch_share(ahead_ptr, ahead_size)
+    # Whatever else is needed is asked for before the product, which takes longer than the answers.
+    row, column = r // tokens, r % tokens
+    within = is_row[:, None] & inside[None, :]
+    at = (row * rope_batch_stride + column)[:, None] * HALF + i[None, :]
+    cos = tl.load(cos_ptr + at, mask=within, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=within, other=0.0)
+    position = tl.load(positions_ptr + row * position_batch_stride + column, mask=is_row, other=0)
+    if PRODUCT:
+        first_product = _rows_of(product_ptr, r, out, is_row, inside, stride, PER_TOKEN)
+        second_product = _rows_of(product_ptr, r, out + HALF, is_row, inside, stride, PER_TOKEN)
     _wait(OVERLAP)
+    scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
     first = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     second = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
-    first_row, first_first, first_second = (
-        tl.program_id(0) * BLOCK_ROWS,
-        head * (2 * HALF) + part * BLOCK_OUT,
-        head * (2 * HALF) + HALF + part * BLOCK_OUT,
-    )
+    first_row, first_first = tl.program_id(0) * BLOCK_ROWS, head * (2 * HALF) + part * BLOCK_OUT
     for start in range(0, width, BLOCK_WIDTH):
         x = _tile(scaled, first_row, start, rows, width, BLOCK_ROWS, BLOCK_WIDTH, TMA)
-        weight = _tile(
-            weights, first_first, start, (NUM_HEADS + 2 * KV_HEADS) * (2 * HALF), width, BLOCK_OUT, BLOCK_WIDTH, TMA
-        )
+        weight = _tile(weights, first_first, start, num_out, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
         first = tl.dot(x, tl.trans(weight), first, input_precision="ieee")
-        weight = _tile(
-            weights, first_second, start, (NUM_HEADS + 2 * KV_HEADS) * (2 * HALF), width, BLOCK_OUT, BLOCK_WIDTH, TMA
-        )
+        weight = _tile(weights, first_first + HALF, start, num_out, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
         second = tl.dot(x, tl.trans(weight), second, input_precision="ieee")
-    _release(OVERLAP)
-    scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
     first *= scale
     second *= scale
     if PRODUCT:
-        first += _rows_of(product_ptr, r, out, is_row, inside, stride, PER_TOKEN)
-        second += _rows_of(product_ptr, r, out + HALF, is_row, inside, stride, PER_TOKEN)
-    row, column = r // tokens, r % tokens
-    within = is_row[:, None] & inside[None, :]
+        first += first_product
+        second += second_product
     if head < NUM_HEADS + KV_HEADS:
-        at = (row * rope_batch_stride + column)[:, None] * HALF + i[None, :]
-        cos = tl.load(cos_ptr + at, mask=within, other=0.0)
-        sin = tl.load(sin_ptr + at, mask=within, other=0.0)
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
     if head < NUM_HEADS:
         target = q_ptr + (r.to(tl.int64) * NUM_HEADS + head)[:, None] * (2 * HALF) + i[None, :]
     else:
-        position = tl.load(positions_ptr + row * position_batch_stride + column, mask=is_row, other=0)
         kv_head = (head - NUM_HEADS) % KV_HEADS
         place = (row.to(tl.int64) * capacity + position) * KV_HEADS + kv_head
         target = cache_ptr + place[:, None] * (2 * HALF) + i[None, :]
@@ -1097,8 +1085,6 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     rows,
     width,
     inner,
-    ahead_ptr,
-    ahead_size,
     stride,
     EPSILON: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -1110,7 +1096,6 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     TMA: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: a block of tokens and of the elements of their gates, and of what these multiply."""
@@ -1120,29 +1105,25 @@ def _norm_geglu_kernel(  # type: ignore[no-untyped-def]
     if PREFETCH:
         _prefetch_rows(weight_ptr, n, inside, 0, width, width)
         _prefetch_rows(weight_ptr + inner * width, n, inside, 0, width, width)
-    if AHEAD:
-        _prefetch_share(ahead_ptr, ahead_size)
+    if PRODUCT:
+        gate_product = _rows_of(product_ptr, r, n, is_row, inside, stride, PER_TOKEN)
+        up_product = _rows_of(product_ptr, r, n + inner, is_row, inside, stride, PER_TOKEN)
     _wait(OVERLAP)
+    scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
     gate = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
-    first_row, first_gate, first_up = (
-        tl.program_id(0) * BLOCK_ROWS,
-        tl.program_id(1) * BLOCK_OUT,
-        inner + tl.program_id(1) * BLOCK_OUT,
-    )
+    first_row, first_gate = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_OUT
     for start in range(0, width, BLOCK_WIDTH):
         x = _tile(scaled, first_row, start, rows, width, BLOCK_ROWS, BLOCK_WIDTH, TMA)
         weight = _tile(weights, first_gate, start, 2 * inner, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
         gate = tl.dot(x, tl.trans(weight), gate, input_precision="ieee")
-        weight = _tile(weights, first_up, start, 2 * inner, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
+        weight = _tile(weights, inner + first_gate, start, 2 * inner, width, BLOCK_OUT, BLOCK_WIDTH, TMA)
         up = tl.dot(x, tl.trans(weight), up, input_precision="ieee")
-    _release(OVERLAP)
-    scale = _row_scale(squares_ptr, r, is_row, width, EPSILON, SQUARES, BLOCK_SQUARES)[:, None]
     gate *= scale
     up *= scale
     if PRODUCT:
-        gate += _rows_of(product_ptr, r, n, is_row, inside, stride, PER_TOKEN)
-        up += _rows_of(product_ptr, r, n + inner, is_row, inside, stride, PER_TOKEN)
+        gate += gate_product
+        up += up_product
     out = _gelu(gate) * up
     at = r[:, None].to(tl.int64) * inner + n[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & inside[None, :])
@@ -1166,8 +1147,6 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     inner,
     share,
     stride,
-    ahead_ptr,
-    ahead_size,
     GATE: tl.constexpr,
     FACTOR: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -1177,7 +1156,6 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     TMA: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: a block of tokens and outputs, and one share of what is summed up for each.
@@ -1192,20 +1170,22 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
     end = tl.minimum(first + share, inner)
     if PREFETCH:
         _prefetch_rows(weight_ptr, n, inside, first, end, inner)
-    if AHEAD:
-        _prefetch_share(ahead_ptr, ahead_size)
+    at = r[:, None].to(tl.int64) * width + n[None, :]
+    within = is_row[:, None] & inside[None, :]
+    if GATE:
+        gate = _rows_of(gate_ptr, r, n, is_row, inside, stride, PER_TOKEN)
+    if FACTOR:
+        factor = _rows_of(factor_ptr, r, n, is_row, inside, stride, PER_TOKEN)
     _wait(OVERLAP)
+    x = tl.load(x_ptr + at, mask=within, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
     for start in range(first, end, BLOCK_WIDTH):
         one = _tile(y, tl.program_id(0) * BLOCK_ROWS, start, rows, inner, BLOCK_ROWS, BLOCK_WIDTH, TMA)
         weight = _tile(weights, tl.program_id(1) * BLOCK_OUT, start, width, inner, BLOCK_OUT, BLOCK_WIDTH, TMA)
         total = tl.dot(one, tl.trans(weight), total, input_precision="ieee")
-    _release(OVERLAP)
-    at = r[:, None].to(tl.int64) * width + n[None, :]
-    within = is_row[:, None] & inside[None, :]
     is_last = True
     if SPLITS > 1:
-        size = rows.to(tl.int64) * width
+        size = tl.full([], rows, tl.int64) * width
         tl.store(partial_ptr + split * size + at, total, mask=within)
         tl.debug_barrier()  # every thread's part is written before one of them says so
         counter = counters_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -1217,14 +1197,13 @@ def _project_add_kernel(  # type: ignore[no-untyped-def]
                 total += tl.load(partial_ptr + other * size + at, mask=within, other=0.0, cache_modifier=".cg")
     if is_last:
         if GATE:
-            total *= _rows_of(gate_ptr, r, n, is_row, inside, stride, PER_TOKEN)
-        total += tl.load(x_ptr + at, mask=within, other=0.0).to(tl.float32)
-        x = total.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, x, mask=within)
-        total = x.to(tl.float32)
+            total *= gate
+        out = (x + total).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, out, mask=within)
+        total = out.to(tl.float32)
         tl.store(squares_ptr + r * tl.num_programs(1) + tl.program_id(1), tl.sum(total * total, 1), mask=is_row)
         if FACTOR:
-            total *= _rows_of(factor_ptr, r, n, is_row, inside, stride, PER_TOKEN)
+            total *= factor
         tl.store(scaled_ptr + at, total.to(out_ptr.dtype.element_ty), mask=within)
 
 
@@ -1246,7 +1225,6 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     inside = columns < width
     _wait(OVERLAP)
     x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0)
-    _release(OVERLAP)
     wide = x.to(tl.float32)
     tl.store(squares_ptr + row, tl.sum(wide * wide))
     if FACTOR:
@@ -1281,17 +1259,9 @@ def _row_scale(  # type: ignore[no-untyped-def]
 
 @jit
 def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For the kernels before this one to end."""
-    if OVERLAP > 0:
+    """For the kernels before this one to end. The next one may then begin, to wait likewise."""
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
-def _release(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Lets the next kernel begin, up to where it waits."""
-    if OVERLAP == 2:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -1326,28 +1296,22 @@ def _embed_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program: one token."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_WIDTH)
-    is_action = k < num_actions
+    """One program: a block of the elements of one token."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, k = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_WIDTH)
+    inside, is_action = n < width, k < num_actions
+    at = n[:, None] * num_actions + k[None, :]
+    weight = tl.load(weight_ptr + at, mask=inside[:, None] & is_action[None, :], other=0.0)
+    bias = tl.load(bias_ptr + n, mask=inside, other=0.0)
     _wait(OVERLAP)
     actions = tl.load(actions_ptr + row * num_actions + k, mask=is_action, other=0.0)
-    squares = 0.0
-    for first in range(0, width, BLOCK_OUT):
-        n = first + tl.arange(0, BLOCK_OUT)
-        inside = n < width
-        at = n[:, None] * num_actions + k[None, :]
-        weight = tl.load(weight_ptr + at, mask=inside[:, None] & is_action[None, :], other=0.0)
-        x = tl.sum(weight * actions[None, :], 1) + tl.load(bias_ptr + n, mask=inside, other=0.0)
-        x = x.to(x_ptr.dtype.element_ty)
-        wide = x.to(tl.float32)
-        squares += tl.sum(wide * wide)
-        tl.store(x_ptr + row * width + n, x, mask=inside)
-        if FACTOR:
-            x = (wide * tl.load(factor_ptr + row * stride + n, mask=inside, other=0.0)).to(x.dtype)
-        tl.store(scaled_ptr + row * width + n, x, mask=inside)
-    _release(OVERLAP)
-    tl.store(squares_ptr + row, squares)
+    x = (tl.sum(weight * actions[None, :], 1) + bias).to(x_ptr.dtype.element_ty)
+    wide = x.to(tl.float32)
+    tl.store(squares_ptr + row * tl.num_programs(1) + part, tl.sum(tl.where(inside, wide * wide, 0.0)))
+    tl.store(x_ptr + row * width + n, x, mask=inside)
+    if FACTOR:
+        x = (wide * tl.load(factor_ptr + row * stride + n, mask=inside, other=0.0)).to(x.dtype)
+    tl.store(scaled_ptr + row * width + n, x, mask=inside)
 
 
 @jit
@@ -1371,30 +1335,24 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program: one token."""
+    """One program: a block of the actions of one token."""
     row = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK_OUT)
-    is_action = n < num_actions
+    n, k = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_WIDTH)
+    is_action, inside = n < num_actions, k < width
+    at = n[:, None] * width + k[None, :]
+    weight = tl.load(weight_ptr + at, mask=is_action[:, None] & inside[None, :], other=0.0)
+    bias = tl.load(bias_ptr + n, mask=is_action, other=0.0)
     _wait(OVERLAP)
     part = tl.arange(0, BLOCK_SQUARES)
     squares = tl.load(squares_ptr + row * SQUARES + part, mask=part < SQUARES, other=0.0)
-    scale = tl.rsqrt(tl.sum(squares) / width + EPSILON)
-    read = tl.zeros([BLOCK_OUT], tl.float32)
-    for first in range(0, width, BLOCK_WIDTH):
-        k = first + tl.arange(0, BLOCK_WIDTH)
-        inside = k < width
-        x = tl.load(x_ptr + row * width + k, mask=inside, other=0.0)
-        normed = x.to(tl.float32) * scale
-        if FACTOR:
-            normed *= tl.load(factor_ptr + row * stride + k, mask=inside, other=0.0)
-        if SHIFT:
-            normed += tl.load(shift_ptr + row * stride + k, mask=inside, other=0.0)
-        normed = normed.to(x.dtype).to(tl.float32)
-        at = n[:, None] * width + k[None, :]
-        weight = tl.load(weight_ptr + at, mask=is_action[:, None] & inside[None, :], other=0.0)
-        read += tl.sum(weight * normed[None, :], 1)
-    _release(OVERLAP)
-    read += tl.load(bias_ptr + n, mask=is_action, other=0.0)
+    x = tl.load(x_ptr + row * width + k, mask=inside, other=0.0)
+    normed = x.to(tl.float32) * tl.rsqrt(tl.sum(squares) / width + EPSILON)
+    if FACTOR:
+        normed *= tl.load(factor_ptr + row * stride + k, mask=inside, other=0.0)
+    if SHIFT:
+        normed += tl.load(shift_ptr + row * stride + k, mask=inside, other=0.0)
+    normed = normed.to(x.dtype).to(tl.float32)
+    read = tl.sum(weight * normed[None, :], 1) + bias
     tl.store(read_ptr + row * num_actions + n, read, mask=is_action)
 
 
@@ -1408,23 +1366,6 @@ def _prefetch_rows(weight_ptr, n, inside, start, end, width):  # type: ignore[no
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
             [weight_ptr + n[:, None] * width + k[None, :]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@jit
-def _prefetch_share(ahead_ptr, size):  # type: ignore[no-untyped-def]
-    """Has the cache fetch this program's share of a matrix that a later kernel reads."""
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    step = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) * 128 * CACHE_LINE
-    for first in range(program * 128 * CACHE_LINE, size, step):
-        at = tl.minimum(first + tl.arange(0, 128) * CACHE_LINE, size - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [ahead_ptr + at],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -159,9 +159,9 @@ class Pi0(nn.Module):
         ops, gemma = self.ops, self.config.vlm
         positions = torch.arange(length, device=x.device)[None]
         span = Span(positions, valid.sum(1, dtype=torch.int32), rope_table(positions, gemma.head_dim))
-        shape = (2, batch, length + room, gemma.num_kv_heads, gemma.head_dim)
-        # Zeros, since plain attention multiplies what it must not see by 0.
-        cache = [x.new_zeros(shape) for _ in self.vlm]
+        shape = (len(self.vlm), 2, batch, length + room, gemma.num_kv_heads, gemma.head_dim)
+        # Zeros, since attention multiplies what it must not see by 0.
+        cache = [*x.new_zeros(shape)]
         normed = ops.rms_norm(x, None, None)
         for layer, own in zip(self.vlm, cache, strict=True):
             if own is cache[-1] and not hidden:
@@ -205,13 +205,11 @@ class Pi0(nn.Module):
         ops, span = self.ops, context.span
         for i, (layer, own) in enumerate(zip(self.expert, context.cache, strict=True)):
             norm, next_norm, norm_behind = norms[2 * i : 2 * i + 3]
-            qkv, out, gate_up, down = (each.weight for each in (layer.qkv, layer.out, layer.gate_up, layer.down))
-            q = ops.norm_qkv(stream, norm, qkv, span, own, ahead=out)
-            attended = ops.attend_suffix(q, own, span.lengths, ahead=gate_up).flatten(2)
-            stream = ops.project_add(attended, out, stream, norm.gate, next_norm)
-            inner = ops.norm_geglu(stream, next_norm, gate_up, ahead=down)
-            next_qkv = self.expert[(i + 1) % len(self.expert)].qkv.weight
-            stream = ops.project_add(inner, down, stream, next_norm.gate, norm_behind, ahead=next_qkv)
+            q = ops.norm_qkv(stream, norm, layer.qkv.weight, span, own)
+            attended = ops.attend_suffix(q, own, span.lengths).flatten(2)
+            stream = ops.project_add(attended, layer.out.weight, stream, norm.gate, next_norm)
+            inner = ops.norm_geglu(stream, next_norm, layer.gate_up.weight)
+            stream = ops.project_add(inner, layer.down.weight, stream, next_norm.gate, norm_behind)
         return stream
 
     def expert_norms(self, step: Step) -> list[Norm]:

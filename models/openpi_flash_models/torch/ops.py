@@ -73,8 +73,7 @@ class Ops(NamedTuple):
     """One implementation of every operation. Where a factor, shift or gate is None, it is left out.
 
     The last six are all of an expert but its attention: short of tokens, it waits for launches and memory, so
-    that what surrounds a product is part of it. These and `attend_suffix` may be told, as
-    `ahead`, of a matrix that is needed soon, for the cache to fetch while memory has nothing else to do.
+    that what surrounds a product is part of it.
 
     Attributes:
         name: `reference` or `fused`.
@@ -110,15 +109,15 @@ class Ops(NamedTuple):
     rotate_into_cache: Callable[[Tensor, Rope, Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor], Tensor]
     attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
-    attend_suffix: Callable[..., Tensor]
+    attend_suffix: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend_views: Callable[[Tensor, int], Tensor]
     quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     stream: Callable[[Tensor, Norm], Stream]
     embed: Callable[[Tensor, Tensor, Tensor, Norm, torch.dtype], Stream]
     read: Callable[[Stream, Norm, Tensor, Tensor], Tensor]
-    norm_qkv: Callable[..., Tensor]
-    norm_geglu: Callable[..., Tensor]
-    project_add: Callable[..., Stream]
+    norm_qkv: Callable[[Stream, Norm, Tensor, Span, Tensor], Tensor]
+    norm_geglu: Callable[[Stream, Norm, Tensor], Tensor]
+    project_add: Callable[[Tensor, Tensor, Stream, Tensor | None, Norm], Stream]
 
 
 def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope:
@@ -198,10 +197,6 @@ def attend(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return heads.reshape(batch, tokens, num_heads, head_dim)
 
 
-def attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, *, ahead: Tensor | None = None) -> Tensor:
-    return attend(q, cache, lengths)
-
-
 def attend_views(qkv: Tensor, num_heads: int) -> Tensor:
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
@@ -226,20 +221,16 @@ def read(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(rms_norm(stream.x, norm.factor, norm.shift).float(), weight, bias)
 
 
-def norm_qkv(
-    stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor, *, ahead: Tensor | None = None
-) -> Tensor:
+def norm_qkv(stream: Stream, norm: Norm, weight: Tensor, span: Span, cache: Tensor) -> Tensor:
     qkv = F.linear(rms_norm(stream.x, norm.factor, norm.shift), weight)
     return rotate_into_cache(qkv, span.rope, span.positions, cache)
 
 
-def norm_geglu(stream: Stream, norm: Norm, weight: Tensor, *, ahead: Tensor | None = None) -> Tensor:
+def norm_geglu(stream: Stream, norm: Norm, weight: Tensor) -> Tensor:
     return geglu(F.linear(rms_norm(stream.x, norm.factor, norm.shift), weight))
 
 
-def project_add(
-    y: Tensor, weight: Tensor, stream: Stream, gate: Tensor | None, norm: Norm, *, ahead: Tensor | None = None
-) -> Stream:
+def project_add(y: Tensor, weight: Tensor, stream: Stream, gate: Tensor | None, norm: Norm) -> Stream:
     return Stream(add(stream.x, F.linear(y, weight), gate))
 
 
@@ -252,7 +243,7 @@ REFERENCE = Ops(
     rotate_into_cache,
     geglu,
     attend_prefix,
-    attend_suffix,
+    attend,
     attend_views,
     quantise_rows,
     stream,
