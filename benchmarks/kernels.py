@@ -47,7 +47,10 @@ def tiles(**choices: tuple[int, ...]) -> list[dict[str, int]]:
 TILES: dict[str, list[dict[str, int]]] = {
     "norm_qkv": tiles(BLOCK_OUT=(16, 16, 16, 32), BLOCK_WIDTH=(128, 128, 256, 128), num_stages=(4, 6, 3, 4)),
     "attend_suffix": tiles(
-        BLOCK_KEYS=(64, 64, 32, 64), num_warps=(4, 4, 4, 8), num_stages=(2, 1, 3, 2), splits=(14, 14, 14, 14)
+        BLOCK_KEYS=(64, 64, 32, 64, 64),
+        num_warps=(4, 4, 4, 8, 4),
+        num_stages=(2, 1, 3, 2, 2),
+        splits=(14, 14, 14, 14, 7),
     ),
     "out": tiles(
         BLOCK_OUT=(16, 16, 16, 32, 32),
@@ -289,6 +292,8 @@ def layer_cases(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span)
     calls = {"plain": layer(REFERENCE, {})}
     if device.type == "cuda":
         calls |= {"fused": layer(FUSED, {}), "with cuBLAS": layer(FUSED, {}, many_rows=0)}
+        for splits in (1, 2, 4, 7):
+            calls[f"with cuBLAS, {splits} splits"] = layer(FUSED, {"attend_suffix": {"splits": splits}}, many_rows=0)
     yield Case("step layer", calls, flops, num_bytes)
     if device.type == "cpu" or len(x) > 1:
         return

@@ -1,8 +1,8 @@
 """From the start of the action service until it is ready, with a random pi0.5 of full size; and answers of it then.
 
-The checkpoint is written first, so that the page cache holds it. The service starts twice: the first time nothing is
-compiled yet, the second time everything is. Then one robot with three cameras asks it over gRPC, on loopback. Without a
-GPU a tiny model shows that it runs.
+The checkpoint is written first, so that the page cache holds it. The service starts several times: the first time
+nothing is compiled yet, then everything is. Each time one robot with three cameras asks it over gRPC, on loopback.
+Without a GPU a tiny model shows that it runs.
 """
 
 import argparse
@@ -37,36 +37,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--action", type=json.loads, default={}, help="settings of the action service, as JSON")
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--dir", type=Path, help="where to write, and to find what an earlier run wrote and compiled")
     arguments = parser.parse_args()
     device = find_device()
-    config = SIZES["full" if device == "cuda" else "tiny"]
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="openpi-flash-start-") as temporary:
-        directory = Path(temporary)
-        policy_file, checkpoint_dir = write_policy(directory, config)
-        action = {"model_config_name": str(policy_file), "checkpoint_dir": str(checkpoint_dir), "device": device}
+        directory = arguments.dir or Path(temporary)
+        if not directory.exists() or directory == Path(temporary):
+            write_policy(directory, SIZES["full" if device == "cuda" else "tiny"])
+        files = {"model_config_name": str(directory / "policy.json"), "checkpoint_dir": str(directory / "checkpoint")}
         # Whatever compiles keeps what it compiled below the home directory, or where it is told.
         caches = {name: str(directory / name) for name in ("TRITON_CACHE_DIR", "OPENPI_DATA_HOME")}
-        for name in ("first", "second"):
-            figures[name] = start_and_ask({**action, **arguments.action}, caches)
-            shown = ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items())
-            print(f"{name} start on {device}: {shown}", flush=True)
+        figures = []
+        for _ in range(arguments.starts):
+            figures.append(start_and_ask({**files, "device": device, **arguments.action}, caches))
+            shown = ", ".join(f"{key} {value:.2f}" for key, value in figures[-1].items())
+            print(f"start {len(figures)} on {device}: {shown}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def write_policy(directory: Path, config: ModelConfig) -> tuple[Path, Path]:
+def write_policy(directory: Path, config: ModelConfig) -> None:
     """A policy file and a checkpoint for a robot with three cameras."""
     tiny = make_tiny_policy(directory / "tiny", robot="three_cameras", layout="torch")
-    policy_file, checkpoint_dir = directory / "policy.json", directory / "checkpoint"
+    checkpoint_dir = directory / "checkpoint"
     fields = {**ROBOTS["three_cameras"], "name": "pi05_random", "model": model_fields(config)}
-    policy_file.write_text(json.dumps({**fields, "tokenizer": str(directory / "tiny/tokenizer.model")}))
+    (directory / "policy.json").write_text(json.dumps({**fields, "tokenizer": str(directory / "tiny/tokenizer.model")}))
     checkpoint_dir.mkdir()
     (checkpoint_dir / "assets").symlink_to(tiny.checkpoint_dir / "assets")
     source = RandomSource(torch_shapes(config))
     header = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
     write_safetensors(checkpoint_dir / "model.safetensors", header, ((name, source.read(name)) for name in header))
-    return policy_file, checkpoint_dir
 
 
 def start_and_ask(action: dict[str, Any], environment: dict[str, str]) -> dict[str, float]:

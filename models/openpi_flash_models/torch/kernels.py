@@ -42,12 +42,15 @@ MANY_ROWS = 64
 
 HOPPER_TILES = {
     "norm_qkv": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 4},
-    "attend_suffix": {"BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2, "splits": 14},
+    "attend_suffix": {"BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2},
     "out": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 6, "SPLITS": 1},
     "norm_geglu": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 4},
     "down": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 6, "SPLITS": 4},
 }
 """How the kernels of a flow step are shared out to programs where this is fastest, found by benchmarks/kernels.py."""
+
+ATTEND_SPLITS = 14
+"""Programs to which the keys of one robot's flow step are shared out: about one for each block of keys."""
 
 OVERLAP_CAPABILITY = 90
 """Of GPUs on which a kernel can begin before the one before it has ended (programmatic dependent launch)."""
@@ -214,15 +217,15 @@ def fused_attend_suffix(q: Tensor, cache: Tensor, lengths: Tensor, **tiles: int)
     rows = tokens * (num_heads // kv_heads)
     overlap = _overlap(q)
     tile = {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
-    tile["splits"] = min(14, max(4, 32 // batch))  # robots at a time keep a GPU busy, too
     if q.dtype == torch.float32:
         # Multiplied outside of the tensor cores: the tiles of these would not fit into registers, nor into the shared
         # memory of a consumer's GPU.
         tile |= {"BLOCK_ROWS": 32, "BLOCK_KEYS": 16, "num_warps": 8}
     elif not overlap["OVERLAP"]:  # factors pass through registers
         tile["num_warps"] = 8
-    elif batch * tokens <= MANY_ROWS:
+    else:
         tile |= HOPPER_TILES["attend_suffix"]
+    tile["splits"] = triton.cdiv(ATTEND_SPLITS, batch)  # several robots keep a GPU busy with fewer
     tile |= {"TMA": q.device.type != "cpu" and _is_for_hopper(q)} | overlap | tiles
     splits = tile.pop("splits")
     shares = q.new_empty(splits, batch, kv_heads, rows, head_dim, dtype=torch.float32)

@@ -159,9 +159,9 @@ class Pi0(nn.Module):
         ops, gemma = self.ops, self.config.vlm
         positions = torch.arange(length, device=x.device)[None]
         span = Span(positions, valid.sum(1, dtype=torch.int32), rope_table(positions, gemma.head_dim))
-        shape = (len(self.vlm), 2, batch, length + room, gemma.num_kv_heads, gemma.head_dim)
+        shape = (2, batch, length + room, gemma.num_kv_heads, gemma.head_dim)
         # Zeros, since attention multiplies what it must not see by 0.
-        cache = [*x.new_zeros(shape)]
+        cache = [x.new_zeros(shape) for _ in self.vlm]
         normed = ops.rms_norm(x, None, None)
         for layer, own in zip(self.vlm, cache, strict=True):
             if own is cache[-1] and not hidden:
