@@ -26,11 +26,9 @@ from openpi_flash_models.torch import kernels
 from openpi_flash_models.torch.kernels import (
     FUSED,
     PREFIX_TILES,
-    VIEW_TILES,
     Tiles,
     fused_rotate_into_cache,
     tiled_attend_prefix,
-    tiled_attend_views,
 )
 from openpi_flash_models.torch.ops import REFERENCE, Norm, Ops, Span, Stream, rope_table
 from torch import Tensor
@@ -175,16 +173,6 @@ def vision_cases(vision: VisionConfig, views: int, device: torch.device, *, laye
                 *costs,
             )
     yield both("vision add_layer_norm", lambda ops: lambda _: ops.add_layer_norm(x, y, None, None), 0, 4 * x.nbytes)
-    qkv = random(views, vision.num_tokens, 3 * vision.width)
-    flops, num_bytes = 4.0 * x.numel() * vision.num_tokens, qkv.nbytes + x.nbytes
-    attention = both(
-        "vision attention", lambda ops: lambda _: ops.attend_views(qkv, vision.num_heads), flops, num_bytes
-    )
-    if device.type == "cuda":
-        for tiles in VIEW_TILES:
-            attend = functools.partial(tiled_attend_views, qkv, vision.num_heads, tiles=tiles)
-            attention.calls[name_of(tiles)] = lambda _, attend=attend: attend()
-    yield attention
 
 
 def expert_cases(part: str, gemma: GemmaConfig, batch: int, tokens: int, lengths: Tensor, *, capacity: int) -> Cases:

@@ -1,7 +1,6 @@
 """What only a GPU can show: kernels as they are compiled, and CUDA graphs. Skipped where there is none."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from openpi_flash_models.request import ModelBatch
 from openpi_flash_models.torch import kernels, selection
 from openpi_flash_models.torch.backend import load
 from openpi_flash_models.torch.graphs import CudaRecorder
-from openpi_flash_models.torch.ops import REFERENCE
+from openpi_flash_models.torch.ops import attend_prefix
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; benchmarks/gpu.sh runs these on one")
 
@@ -52,35 +51,19 @@ def test_every_kernel_works_at_full_size(dtype):
     assert selection.choose(ModelConfig(), device, dtype) is kernels.FUSED
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {name: functools.partial(attend, tiles=each)}
-        for name, attend, tiles in (
-            ("attend_prefix", kernels.tiled_attend_prefix, kernels.PREFIX_TILES),
-            ("attend_views", kernels.tiled_attend_views, kernels.VIEW_TILES),
-        )
-        for each in tiles
-    ],
-    ids=lambda changes: ", ".join(f"{name} {attend.keywords['tiles']}" for name, attend in changes.items()),
-)
-def test_tiled_attention_works_at_full_size_however_it_is_divided(changes):
+@pytest.mark.parametrize("tiles", kernels.PREFIX_TILES, ids=str)
+def test_attention_of_the_prefix_works_at_full_size_however_it_is_divided(tiles):
     device = torch.device("cuda")
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("it is a Hopper's")
-    ops = REFERENCE._replace(**changes)
-    assert selection.mismatches(ops, ModelConfig(), device, torch.bfloat16) == {}
     generator = torch.Generator(device).manual_seed(0)
     q, cache = (
         torch.randn(*shape, generator=generator, device=device).bfloat16()
         for shape in ((2, 816, 8, 256), (2, 2, 866, 1, 256))
     )
     lengths = torch.tensor([816, 700], dtype=torch.int32, device=device)
-    torch.testing.assert_close(
-        ops.attend_prefix(q, cache, lengths), REFERENCE.attend_prefix(q, cache, lengths), rtol=2e-2, atol=2e-3
-    )
-    qkv = torch.randn(3, 256, 3 * 1152, generator=generator, device=device).bfloat16()
-    torch.testing.assert_close(ops.attend_views(qkv, 16), REFERENCE.attend_views(qkv, 16), rtol=2e-2, atol=2e-3)
+    actual, expected = kernels.tiled_attend_prefix(q, cache, lengths, tiles=tiles), attend_prefix(q, cache, lengths)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_precision": "fp8"}], ids=str)

@@ -26,7 +26,6 @@ from openpi_flash_models.torch.ops import (
     Span,
     Stream,
     attend_prefix,
-    attend_views,
 )
 
 try:
@@ -41,11 +40,11 @@ MANY_ROWS = 64
 """Tokens of a batch up to which one kernel of ours for a product and what surrounds it is faster than cuBLAS."""
 
 HOPPER_TILES = {
-    "norm_qkv": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 4},
+    "norm_qkv": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 4},
     "attend_suffix": {"BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2},
-    "out": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 128, "num_stages": 6, "SPLITS": 1},
+    "out": {"BLOCK_OUT": 16, "BLOCK_WIDTH": 256, "num_stages": 4, "SPLITS": 1},
     "norm_geglu": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 4},
-    "down": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 128, "num_stages": 6, "SPLITS": 4},
+    "down": {"BLOCK_OUT": 32, "BLOCK_WIDTH": 256, "num_stages": 3, "SPLITS": 4},
 }
 """How the kernels of a flow step are shared out to programs where this is fastest, found by benchmarks/kernels.py."""
 
@@ -77,31 +76,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
-PREFIX_TILES = (
-    Tiles(64, 64, 4, 2),
-    Tiles(64, 64, 4, 1),
-    Tiles(64, 64, 8, 2),
-    Tiles(64, 32, 4, 2),
-    Tiles(64, 128, 8, 1),
-    Tiles(128, 64, 8, 2),
-    Tiles(128, 64, 8, 1),
-    Tiles(128, 128, 8, 1),
-)
-"""For attention of the prefix, those that a Hopper GPU has registers and shared memory for: first the fastest where
-every program has a multiprocessor to itself, then the fastest where two share one."""
+PREFIX_TILES = (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(128, 64, 8, 2))
+"""For attention of the prefix on Hopper: first the fastest where every program has a multiprocessor to itself, then the
+fastest where two share one."""
 
 PREFIX_ROWS = 64 * 132
 """Up to which each has one to itself."""
-
-
-VIEW_TILES = (
-    Tiles(64, 64, 4, 2),
-    Tiles(64, 64, 4, 3),
-    Tiles(64, 128, 4, 2),
-    Tiles(128, 64, 8, 2),
-    Tiles(128, 128, 8, 2),
-)
-"""The same for attention of the vision tower."""
 
 
 def fused_rms_norm(x: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -277,73 +257,31 @@ def hopper_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return attend(q, cache, lengths)
 
 
-def hopper_attend_views(qkv: Tensor, num_heads: int) -> Tensor:
-    """`tiled_attend_views` on the same GPUs."""
-    attend = tiled_attend_views if _is_for_hopper(qkv) else attend_views
-    return attend(qkv, num_heads)
-
-
 def _is_for_hopper(x: Tensor) -> bool:
     return x.dtype != torch.float32 and bool(triton.runtime.driver.active.get_current_target().arch == HOPPER)
 
 
 def tiled_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor, *, tiles: Tiles | None = None) -> Tensor:
+    """FlashAttention whose rows are the (token, head) pairs that share a key head (Dao, FlashAttention-2)."""
     q = q.contiguous()
-    if tiles is None:
-        tiles = PREFIX_TILES[0 if q.numel() // q.shape[-1] <= PREFIX_ROWS else 1]
-    _, batch, capacity, kv_heads, head_dim = cache.shape
-    out = torch.empty_like(q)
-    keys_values = cache.view(-1, kv_heads * head_dim)
-    _launch_tiled(q, keys_values, lengths, out, capacity, kv_heads, (0, 0), (batch * capacity, 0), tiles)
-    return out
-
-
-def tiled_attend_views(qkv: Tensor, num_heads: int, *, tiles: Tiles = VIEW_TILES[0]) -> Tensor:
-    views, tokens, width = qkv.shape
-    heads = qkv.contiguous().view(views, tokens, 3 * num_heads, -1)
-    out = qkv.new_empty(views, tokens, num_heads, heads.shape[-1])
-    columns = width // 3
-    _launch_tiled(
-        heads, heads.flatten(2).flatten(0, 1), None, out, tokens, num_heads, (0, columns), (0, 2 * columns), tiles
-    )
-    return out.flatten(2)
-
-
-def _launch_tiled(
-    q: Tensor,
-    keys_values: Tensor,
-    lengths: Tensor | None,
-    out: Tensor,
-    capacity: int,
-    kv_heads: int,
-    first_key: tuple[int, int],
-    first_value: tuple[int, int],
-    tiles: Tiles,
-) -> None:
-    """FlashAttention whose rows are the (token, head) pairs that share a key head (Dao, FlashAttention-2).
-
-    Args:
-        q: (B, T, at least N, h).
-        keys_values: a matrix, whose rows are the B times `capacity` keys and values, and that has at `first_key` and
-            at `first_value` the first element of the first of each.
-        lengths: None if all keys are valid.
-        out: (B, T, N, h).
-    """
-    batch, tokens, num_heads, head_dim = out.shape
+    batch, tokens, num_heads, head_dim = q.shape
+    _, _, capacity, kv_heads, _ = cache.shape
     rows = tokens * (num_heads // kv_heads)
     if q.dtype == torch.float32:
         tiles = Tiles(32, 16, 8, 2)  # as in `fused_attend_suffix`
+    elif tiles is None:
+        tiles = PREFIX_TILES[0 if rows * batch * kv_heads <= PREFIX_ROWS else 1]
     block_dim = max(16, triton.next_power_of_2(head_dim))
+    matrix = cache.view(-1, kv_heads * head_dim)
+    out = torch.empty_like(q)
     _tiled_attend_kernel[(triton.cdiv(rows, tiles.rows), batch * kv_heads)](
         q,
-        TensorDescriptor(keys_values, [*keys_values.shape], [*keys_values.stride()], [tiles.keys, block_dim]),
+        TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [tiles.keys, block_dim]),
         lengths,
         out,
         rows,
-        q.shape[2] * head_dim,
+        batch,
         capacity,
-        *first_key,
-        *first_value,
         head_dim**-0.5 * LOG2_E,
         NUM_HEADS=num_heads,
         KV_HEADS=kv_heads,
@@ -354,6 +292,7 @@ def _launch_tiled(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    return out
 
 
 def flash_attend_prefix(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
@@ -647,9 +586,8 @@ FUSED = Ops(
     addmm_gelu,
     fused_rotate_into_cache,
     fused_geglu,
-    flash_attend_prefix,
+    hopper_attend_prefix,
     fused_attend_suffix,
-    attend_views,
     fused_quantise_rows,
     fused_stream,
     fused_embed,
@@ -888,12 +826,8 @@ def _tiled_attend_kernel(  # type: ignore[no-untyped-def]
     lengths_ptr,
     out_ptr,
     rows,
-    q_stride,
+    batch,
     capacity,
-    key_row,
-    key_column,
-    value_row,
-    value_column,
     scale,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -916,29 +850,26 @@ def _tiled_attend_kernel(  # type: ignore[no-untyped-def]
     is_element = (r < rows)[:, None] & is_dim[None, :]
 
     # 64 bits for one number of the program, not for one of each thread, whose registers are full of sums.
-    first_token = b.to(tl.int64) * (rows // GROUP)
-    head_at = ((kv * GROUP + r % GROUP) * HEAD_DIM)[:, None] + d[None, :]
-    q_at = (r // GROUP * q_stride)[:, None] + head_at
-    q = tl.load(q_ptr + first_token * q_stride + q_at, mask=is_element, other=0.0)
-    length = capacity if lengths_ptr is None else tl.load(lengths_ptr + b)
+    first_token = b.to(tl.int64) * (rows // GROUP) * (NUM_HEADS * HEAD_DIM)
+    at = ((r // GROUP * NUM_HEADS + kv * GROUP + r % GROUP) * HEAD_DIM)[:, None] + d[None, :]
+    q = tl.load(q_ptr + first_token + at, mask=is_element, other=0.0)
+    length = tl.load(lengths_ptr + b)
     most = tl.full([BLOCK_ROWS], -1e30, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     found = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for first in range(0, length, BLOCK_KEYS):
-        at = b * capacity + first
-        keys = keys_values.load([key_row + at, key_column + kv * HEAD_DIM])
+        keys = keys_values.load([b * capacity + first, kv * HEAD_DIM])
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee")
         logits = tl.where((first + tl.arange(0, BLOCK_KEYS) < length)[None, :], logits, -1e30)
         highest = tl.maximum(most, tl.max(logits, 1) * scale)
         weights = tl.exp2(logits * scale - highest[:, None])
         shrink = tl.exp2(most - highest)
         total = total * shrink + tl.sum(weights, 1)
-        values = keys_values.load([value_row + at, value_column + kv * HEAD_DIM])
+        values = keys_values.load([(batch + b) * capacity + first, kv * HEAD_DIM])
         found = tl.dot(weights.to(values.dtype), values, found * shrink[:, None], input_precision="ieee")
         most = highest
     attended = (found / total[:, None]).to(out_ptr.dtype.element_ty)
-    out_at = (r // GROUP * (NUM_HEADS * HEAD_DIM))[:, None] + head_at
-    tl.store(out_ptr + first_token * (NUM_HEADS * HEAD_DIM) + out_at, attended, mask=is_element)
+    tl.store(out_ptr + first_token + at, attended, mask=is_element)
 
 
 @jit

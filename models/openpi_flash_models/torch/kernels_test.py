@@ -42,7 +42,6 @@ def config(*, num_kv_heads=1, head_dim=10):
         "rotate_into_cache",
         "geglu",
         "attend_suffix",
-        "attend_views",
         "quantise_rows",
     ],
 )
@@ -91,9 +90,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"num_kv_heads": 2, "head_dim": 20}], ids=str)
     def test_tiled_attention_gives_what_plain_pytorch_gives(sizes):
-        fused = plain.REFERENCE._replace(
-            attend_prefix=kernels.tiled_attend_prefix, attend_views=kernels.tiled_attend_views
-        )
+        fused = plain.REFERENCE._replace(attend_prefix=kernels.tiled_attend_prefix)
         assert selection.mismatches(fused, config(**sizes), CPU, torch.float32) == {}
 
     @pytest.mark.parametrize("length", [1, 16, 33, 80])

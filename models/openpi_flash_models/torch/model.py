@@ -350,7 +350,9 @@ class VisionBlock(nn.Module):
         return ops.add_layer_norm(x, self.mlp(normed, ops), scale, bias)
 
     def attend(self, x: Tensor, ops: Ops) -> Tensor:
-        return self.out(ops.attend_views(self.qkv(x, ops), self.num_heads), ops)
+        q, k, v = self.qkv(x, ops).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), ops)
 
     def mlp(self, x: Tensor, ops: Ops) -> Tensor:
         return self.fc2(self.fc1.gelu(x, ops), ops)

@@ -88,7 +88,6 @@ class Ops(NamedTuple):
         attend_prefix: (q (B, T, N, h), cache, lengths (B,) int32) to (B, T, N, h): each row attends to the first
             `lengths` entries of its cache, of which there are at most T.
         attend_suffix: the same, for few queries and however many entries.
-        attend_views: (qkv (V, T, 3·N·h), N) to (V, T, N·h): every token of a view attends to all of that view.
         quantise_rows: (rows, W) to FP8 and what each row was divided by, (rows, 1) float32.
         stream: (x (B, T, W), the `Norm` it meets next) to a `Stream`.
         embed: (actions (B, T, A) float32, weight (W, A) and bias of a projection in float32, the `Norm` they meet next,
@@ -110,7 +109,6 @@ class Ops(NamedTuple):
     geglu: Callable[[Tensor], Tensor]
     attend_prefix: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend_suffix: Callable[[Tensor, Tensor, Tensor], Tensor]
-    attend_views: Callable[[Tensor, int], Tensor]
     quantise_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     stream: Callable[[Tensor, Norm], Stream]
     embed: Callable[[Tensor, Tensor, Tensor, Norm, torch.dtype], Stream]
@@ -197,12 +195,6 @@ def attend(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return heads.reshape(batch, tokens, num_heads, head_dim)
 
 
-def attend_views(qkv: Tensor, num_heads: int) -> Tensor:
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    # All tokens see all: PyTorch's own choice, cuDNN's attention or FlashAttention on a GPU, needs no lengths.
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
@@ -244,7 +236,6 @@ REFERENCE = Ops(
     geglu,
     attend_prefix,
     attend,
-    attend_views,
     quantise_rows,
     stream,
     embed,

@@ -80,7 +80,6 @@ def trials(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ite
     yield trial("add_layer_norm", x, y, factor, shift)
     weight = random(vision.mlp_dim, vision.width) * vision.width**-0.5
     yield trial("linear_gelu", x, weight, random(vision.mlp_dim))
-    yield trial("attend_views", random(2, 20, 3 * vision.width), vision.num_heads)
     for mlp_dim in {config.vlm.mlp_dim, config.expert.mlp_dim}:
         yield trial("geglu", random(2, 3, 2 * mlp_dim))
     gemma, lengths = config.vlm, torch.tensor([40, 33], dtype=torch.int32, device=device)
