@@ -22,6 +22,10 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out
 "$python" -c 'import torch; print("PyTorch", torch.__version__)' | tee -a "$out/gpu.txt"
 # A failure here is a finding, and the times are one more.
 timeout 150 "$python" -m pytest -q -p no:cacheprovider models/openpi_flash_models/torch/cuda_test.py 2>&1 | tee "$out/tests.txt" || true
-timeout 60 "$python" benchmarks/kernels.py --json "$out/kernels.json" 2>&1 | tee "$out/kernels.txt" || true
-timeout "${BENCH_S:-370}" "$python" -m openpi_flash_cli.bench model --profile --json "$out/model.json" --plot "$out/model.png" \
-    "$@" 2>&1 | tee "$out/model.txt"
+timeout 90 "$python" benchmarks/kernels.py --json "$out/kernels.json" 2>&1 | tee "$out/kernels.txt" || true
+bench() { # NAME SECONDS ARGUMENT...: those arms side by side up to where they are timed
+    timeout "$2" "$python" -m openpi_flash_cli.bench model --together 4 --json "$out/$1.json" --plot "$out/$1.png" "${@:3}" 2>&1 | tee "$out/$1.txt"
+}
+bench torch "${TORCH_S:-120}" --profile --batches 1 4 8 --arms torch torch-fp8 torch-guided "$@" || true
+# XLA compiles for minutes.
+bench jax "${JAX_S:-200}" --batches 1 --arms jax planner "$@"

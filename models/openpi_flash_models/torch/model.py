@@ -1,7 +1,7 @@
 """pi0 and pi0.5 in PyTorch, inference only: everything from camera images to an action chunk.
 
 Reads from the top: `Pi0.sample_actions` is the whole computation, and every method below it is one of its parts. What
-lies between matrix products is in ops.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix
+lies between matrix products, and in the expert with them, is in ops.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix
 tokens, T any tokens, H action horizon, A action_dim, D VLM width, E expert width, N query heads, K key/value heads,
 h head_dim, L layers.
 

@@ -1,4 +1,5 @@
-"""The operations between the model's matrix products, in plain PyTorch, which any device and any compiler understands.
+"""What the model does between its matrix products, and the expert with them, in plain PyTorch, which any device and any
+compiler understands.
 
 `REFERENCE` says what each computes. kernels.py has the same for a GPU, one Triton kernel where here are a dozen;
 selection.py chooses.
