@@ -22,14 +22,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from openpi_flash_cli.bench import NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
-from openpi_flash_models.torch import kernels
-from openpi_flash_models.torch.kernels import (
-    FUSED,
-    PREFIX_TILES,
-    Tiles,
-    fused_rotate_into_cache,
-    tiled_attend_prefix,
-)
+from openpi_flash_models.torch import expert_kernels
+from openpi_flash_models.torch.attention_kernels import PREFIX_TILES, Tiles, tiled_attend_prefix
+from openpi_flash_models.torch.fused import FUSED
+from openpi_flash_models.torch.kernels import fused_rotate_into_cache
 from openpi_flash_models.torch.ops import REFERENCE, Norm, Ops, Span, Stream, rope_table
 from torch import Tensor
 
@@ -261,7 +257,7 @@ def layer_cases(gemma: GemmaConfig, x: Tensor, caches: list[Tensor], span: Span)
         streams: list[Stream] = []
 
         def call(i: int) -> object:
-            kernels.MANY_ROWS = many_rows
+            expert_kernels.MANY_ROWS = many_rows
             if i == 0:
                 streams[:] = [ops.stream(x, norms[0])]
             (stream,) = streams

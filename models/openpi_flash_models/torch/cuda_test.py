@@ -12,8 +12,9 @@ from openpi_flash_models.checkpoints.synthetic import make_checkpoint
 from openpi_flash_models.config import GemmaConfig, ModelConfig, ModelType, VisionConfig
 from openpi_flash_models.realtime import Continuation, Method, hard_mask, soft_mask
 from openpi_flash_models.request import ModelBatch
-from openpi_flash_models.torch import kernels, selection
+from openpi_flash_models.torch import attention_kernels, selection
 from openpi_flash_models.torch.backend import load
+from openpi_flash_models.torch.fused import FUSED
 from openpi_flash_models.torch.graphs import CudaRecorder
 from openpi_flash_models.torch.ops import attend_prefix
 
@@ -47,11 +48,11 @@ def batch_of(size, *, num_views=2, length=32, num_steps=10, seed=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_works_at_full_size(dtype):
     device = torch.device("cuda")
-    assert selection.mismatches(kernels.FUSED, ModelConfig(), device, dtype) == {}
-    assert selection.choose(ModelConfig(), device, dtype) is kernels.FUSED
+    assert selection.mismatches(FUSED, ModelConfig(), device, dtype) == {}
+    assert selection.choose(ModelConfig(), device, dtype) is FUSED
 
 
-@pytest.mark.parametrize("tiles", kernels.PREFIX_TILES, ids=str)
+@pytest.mark.parametrize("tiles", attention_kernels.PREFIX_TILES, ids=str)
 def test_attention_of_the_prefix_works_at_full_size_however_it_is_divided(tiles):
     device = torch.device("cuda")
     if torch.cuda.get_device_capability(device) != (9, 0):
@@ -62,7 +63,10 @@ def test_attention_of_the_prefix_works_at_full_size_however_it_is_divided(tiles)
         for shape in ((2, 816, 8, 256), (2, 2, 866, 1, 256))
     )
     lengths = torch.tensor([816, 700], dtype=torch.int32, device=device)
-    actual, expected = kernels.tiled_attend_prefix(q, cache, lengths, tiles=tiles), attend_prefix(q, cache, lengths)
+    actual, expected = (
+        attention_kernels.tiled_attend_prefix(q, cache, lengths, tiles=tiles),
+        attend_prefix(q, cache, lengths),
+    )
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-3)
 
 

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from openpi_flash_models.config import ModelConfig, ModelType
-from openpi_flash_models.torch import fp8, kernels
+from openpi_flash_models.torch import attention_kernels, expert_kernels, fp8, kernels
 from openpi_flash_models.torch.backend_test import full_size_inputs
+from openpi_flash_models.torch.fused import FUSED
+from openpi_flash_models.torch.launch import HOPPER, triton
 from openpi_flash_models.torch.model import Pi0
 
 if sys.platform != "linux":
@@ -27,9 +29,10 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227}
 """By compute capability (A100; L4 and RTX 4090; H100 and H200): the shared memory that one program may have."""
 
 KERNELS = {
-    name: value
-    for name, value in vars(kernels).items()
-    if isinstance(value, kernels.triton.JITFunction) and name.endswith("_kernel")  # others are parts of these
+    name: (module, value)
+    for module in (kernels, attention_kernels, expert_kernels)
+    for name, value in vars(module).items()
+    if isinstance(value, triton.JITFunction) and name.endswith("_kernel")  # others are parts of these
 }
 
 
@@ -54,7 +57,7 @@ class Driver:
         self.capability = capability
 
     def get_current_target(self):
-        return kernels.triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
         return self.capability  # what was compiled is kept for each device
@@ -83,32 +86,32 @@ def compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's own choice, without its warning
     found = {}
-    for name, kernel in KERNELS.items():
-        monkeypatch.setattr(kernels, name, Kernel(kernel, found))
+    for name, (module, kernel) in KERNELS.items():
+        monkeypatch.setattr(module, name, Kernel(kernel, found))
     return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_kernel_compiles_and_fits(compiled, monkeypatch, tmp_path, case):
-    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver(case.capability))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(case.capability))
     run_full_size(case)
     assert not misfits(compiled, case.capability, tmp_path)
     unused = {"_embed_kernel" if case.model_type is ModelType.PI0 else "_stream_kernel"}
     unused |= set() if case.quantised else {"_quantise_kernel"}
-    if case.capability != kernels.HOPPER or case.dtype == torch.float32:
+    if case.capability != HOPPER or case.dtype == torch.float32:
         unused.add("_tiled_attend_kernel")
     assert {kernel.name for kernel in compiled.values()} == set(KERNELS) - unused
 
 
-@pytest.mark.parametrize("tiles", kernels.PREFIX_TILES, ids=str)
+@pytest.mark.parametrize("tiles", attention_kernels.PREFIX_TILES, ids=str)
 def test_attention_of_the_prefix_compiles_and_fits_however_it_is_divided(compiled, monkeypatch, tmp_path, tiles):
-    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver(kernels.HOPPER))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(HOPPER))
     sizes = ModelConfig().vlm
     with torch.device("meta"):
         q = torch.empty(1, 816, sizes.num_heads, sizes.head_dim, dtype=torch.bfloat16)
         cache = torch.empty(2, 1, 866, sizes.num_kv_heads, sizes.head_dim, dtype=torch.bfloat16)
-        kernels.tiled_attend_prefix(q, cache, torch.empty(1, dtype=torch.int32), tiles=tiles)
-    assert not misfits(compiled, kernels.HOPPER, tmp_path)
+        attention_kernels.tiled_attend_prefix(q, cache, torch.empty(1, dtype=torch.int32), tiles=tiles)
+    assert not misfits(compiled, HOPPER, tmp_path)
     (kernel,) = compiled.values()
     assert "wgmma.mma_async" in kernel.asm["ptx"]
 
@@ -119,7 +122,7 @@ def run_full_size(case):
     parts = {name: dataclasses.replace(getattr(sizes, name), depth=2) for name in ("vision", "vlm", "expert")}
     with torch.device("meta"), torch.inference_mode():
         model = Pi0(dataclasses.replace(sizes, **parts), case.dtype)
-        model.ops = kernels.FUSED
+        model.ops = FUSED
         if case.quantised:
             for matrix in fp8.prefix_matrices(model):
                 matrix.quantise()
@@ -143,7 +146,7 @@ def resources(kernel, folder):
     """Registers of a thread, and the bytes of what did not fit into them."""
     path = folder / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
-    command = [kernels.triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (registers,), (stack,), (local,) = (re.findall(rf"\b{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL"))
     return int(registers), int(stack) + int(local)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from openpi_flash_models.config import GemmaConfig, ModelConfig, VisionConfig
-from openpi_flash_models.torch import kernels, selection
+from openpi_flash_models.torch import attention_kernels, kernels, selection
 from openpi_flash_models.torch import ops as plain
+from openpi_flash_models.torch.fused import FUSED
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -75,7 +76,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("sizes", [{}, {"num_kv_heads": 2, "head_dim": 16}, {"num_kv_heads": 4}], ids=str)
     def test_every_kernel_gives_what_plain_pytorch_gives(dtype, sizes):
         # FlashAttention and cuBLASLt's GELU are PyTorch's own, and no CPU has them.
-        fused = kernels.FUSED._replace(attend_prefix=kernels.fused_attend_suffix, linear_gelu=plain.linear_gelu)
+        fused = FUSED._replace(attend_prefix=attention_kernels.fused_attend_suffix, linear_gelu=plain.linear_gelu)
         if dtype == torch.bfloat16:  # of which the interpreter multiplies the bits
             products = ("attend_prefix", "attend_suffix", "norm_qkv", "norm_geglu", "project_add")
             fused = fused._replace(**{name: getattr(plain.REFERENCE, name) for name in products})
@@ -90,7 +91,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"num_kv_heads": 2, "head_dim": 20}], ids=str)
     def test_tiled_attention_gives_what_plain_pytorch_gives(sizes):
-        fused = plain.REFERENCE._replace(attend_prefix=kernels.tiled_attend_prefix)
+        fused = plain.REFERENCE._replace(attend_prefix=attention_kernels.tiled_attend_prefix)
         assert selection.mismatches(fused, config(**sizes), CPU, torch.float32) == {}
 
     @pytest.mark.parametrize("length", [1, 16, 33, 80])
@@ -101,7 +102,7 @@ if INTERPRETED:
         expected = plain.attend_prefix(q, cache, lengths)
         cache[:, 0, length:] = 1e3  # finite, as a cache is
         cache[:, 1, 80:] = 1e3
-        actual = kernels.tiled_attend_prefix(q, cache, lengths)
+        actual = attention_kernels.tiled_attend_prefix(q, cache, lengths)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("splits", [1, 3, 16])
@@ -112,7 +113,7 @@ if INTERPRETED:
         lengths = torch.tensor([length], dtype=torch.int32)
         expected = plain.attend(q, cache, lengths)
         cache[:, :, length:] = torch.nan  # a kernel has no business there
-        actual = kernels.fused_attend_suffix(q, cache, lengths, splits=splits)
+        actual = attention_kernels.fused_attend_suffix(q, cache, lengths, splits=splits)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("rows", [1, 16, 37])
@@ -128,7 +129,7 @@ if INTERPRETED:
             return added.x, ops.norm_geglu(added, norm, gate_up)
 
         for _ in range(2):  # whoever counts starts at zero again
-            torch.testing.assert_close(call(kernels.FUSED, SPLITS=splits), call(plain.REFERENCE), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(call(FUSED, SPLITS=splits), call(plain.REFERENCE), rtol=1e-4, atol=1e-4)
 
 else:
 

@@ -1,9 +1,9 @@
 """pi0 and pi0.5 in PyTorch, inference only: everything from camera images to an action chunk.
 
 Reads from the top: `Pi0.sample_actions` is the whole computation, and every method below it is one of its parts. What
-lies between matrix products, and in the expert with them, is in ops.py. The arithmetic follows SPEC §1. Shapes: B batch, V views, S prefix
-tokens, T any tokens, H action horizon, A action_dim, D VLM width, E expert width, N query heads, K key/value heads,
-h head_dim, L layers.
+lies between matrix products, and in the expert the products too, is in ops.py. The arithmetic follows SPEC §1. Shapes:
+B batch, V views, S prefix tokens, T any tokens, H action horizon, A action_dim, D VLM width, E expert width, N query
+heads, K key/value heads, h head_dim, L layers.
 
 The cache of a layer is (2, B, C, K, h): keys (rotated), then values. A row's valid prefix lies at its start, and
 everything later follows without a gap, over what padding wrote: which keys a token may see is a length, never a mask.

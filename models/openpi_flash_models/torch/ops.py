@@ -1,7 +1,7 @@
 """What the model does between its matrix products, and the expert with them, in plain PyTorch, which any device and any
 compiler understands.
 
-`REFERENCE` says what each computes. kernels.py has the same for a GPU, one Triton kernel where here are a dozen;
+`REFERENCE` says what each computes. fused.py has the same for a GPU, one Triton kernel where here are a dozen;
 selection.py chooses.
 
 Shapes: B batch, T tokens, W width of a row, N query heads, K key/value heads, h head_dim, C capacity of a cache.

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
 from openpi_flash_models.config import GemmaConfig, ModelConfig
-from openpi_flash_models.torch import kernels
-from openpi_flash_models.torch.kernels import FUSED
+from openpi_flash_models.torch.fused import FUSED
+from openpi_flash_models.torch.launch import triton
 from openpi_flash_models.torch.ops import FP8, FP8_MAX, REFERENCE, Norm, Ops, Span, Stream, rope_table
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def choose(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Ops
     """The fastest implementation of each operation that works on the device; the log says which are slow, and why."""
     if device.type != "cuda":
         return REFERENCE
-    if kernels.triton is None:
+    if triton is None:
         logger.warning("fused kernels are off, inference will be slower: Triton is not installed")
         return REFERENCE
     with torch.cuda.device(device), torch.inference_mode():
