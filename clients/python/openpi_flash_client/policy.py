@@ -95,7 +95,12 @@ class GrpcPolicy(RemotePolicy):
         self._idle: list[Stream] = []
         self._last_request_id = 0
         self._num_lost_streams = 0
-        self._wait_ready(connect_timeout_s)
+        # Without its event engine, which a process can turn off, gRPC connects only while somebody waits for it.
+        self._channel.subscribe(_ignore)
+        try:
+            self._wait_ready(connect_timeout_s)
+        finally:
+            self._channel.unsubscribe(_ignore)
 
     def _exchange(self, call: Call) -> Any:
         return self._infer(call) if call.method == "Infer" else self._ask(call)
@@ -175,3 +180,7 @@ class GrpcPolicy(RemotePolicy):
             stream.close()
         self._channel.close()
         self._deadlines.close()
+
+
+def _ignore(_: grpc.ChannelConnectivity) -> None:
+    """Has a channel watched by whom nothing of it interests."""

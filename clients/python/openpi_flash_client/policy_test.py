@@ -1,5 +1,8 @@
 """GrpcPolicy against a small PolicyService: what arrives, what comes back, and what happens when things go wrong."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -239,6 +242,26 @@ def test_a_server_that_comes_later_is_waited_for(unused_tcp_port):
     server.stop()
 
 
+def test_a_server_that_comes_later_is_found_without_grpcs_event_engine(unused_tcp_port):
+    script = """if True:
+        import logging, sys
+        from openpi_flash_client import GrpcPolicy
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+        with GrpcPolicy("127.0.0.1", int(sys.argv[1]), connect_timeout_s=4) as policy:
+            policy.infer({})
+        """
+    off = "-event_engine_client,-event_engine_listener,-event_engine_for_all_other_endpoints"
+    command, environment = [sys.executable, "-c", script, str(unused_tcp_port)], {**os.environ, "GRPC_EXPERIMENTS": off}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as robot:
+        assert "waiting for the server" in robot.stdout.readline()
+        server = FakeServer()
+        server.port = unused_tcp_port
+        server.start()
+        _, errors = robot.communicate()
+        server.stop()
+    assert robot.returncode == 0, errors
+
+
 def test_a_closed_policy_says_so_and_leaves_no_threads(server):
     before = set(threading.enumerate())
     policy = GrpcPolicy("127.0.0.1", server.port, token="sesame")  # noqa: S106
@@ -321,3 +344,9 @@ class _Nothing:
 
     def stream_stream(self, _: str) -> None:
         return None
+
+    def subscribe(self, _: object) -> None:
+        pass
+
+    def unsubscribe(self, _: object) -> None:
+        pass
