@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from openpi_flash_cli.bench import MAX_TOKENS, NUM_STEPS, SIZES
-from openpi_flash_cli.bench_arm import RandomSource, batch_of, percentiles
+from openpi_flash_cli.bench_arm import RandomSource, batch_of, percentiles, planner_batch
 from openpi_flash_models.checkpoints.layout import jax_shapes
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.jax.backend import JaxBackend, parse_placement
-from openpi_flash_models.jax.compilation import GPU_OPTIONS, Options, known_options
+from openpi_flash_models.jax.compilation import Options
 from openpi_flash_models.jax.model import Weights
 from openpi_flash_models.jax.weights import LAYERS, VLM, read_weights
 from openpi_flash_models.planner.decoder import Batch, Decoder
@@ -34,8 +34,7 @@ from openpi_flash_models.planner.vocabulary import EOS
 
 GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
 OPTIONS: dict[str, Options] = {
-    "default": GPU_OPTIONS,
-    "none": {},
+    "default": {},
     # cuBLASLt adds biases and computes GELU behind its products, and has more kernels to choose from.
     "cublaslt": {"xla_gpu_enable_cublaslt": True},
     # Products by cuBLAS alone, none by kernels of XLA's own.
@@ -149,17 +148,18 @@ def write(decoder: Decoder, batch: Batch) -> tuple[float, float]:
     return (first - started) * 1e3, (time.perf_counter() - started) * 1e3
 
 
-def planner_batch(config: ModelConfig) -> Batch:
-    request = batch_of(config, 1)
-    return Batch(
-        images=request.images,
-        tokens=request.tokens,
-        token_mask=request.token_mask,
-        max_tokens=np.full(1, MAX_TOKENS, np.int32),
-        temperature=np.zeros(1, np.float32),
-        top_k=np.zeros(1, np.int32),
-        seeds=np.zeros((1, 2), np.uint32),
-    )
+def known_options(device: jax.Device, wanted: Options) -> Options:
+    """Those that the installed XLA takes, found out by trying: versions differ, and an unknown one is an error."""
+    known: Options = {}
+    for name, value in wanted.items():
+        try:
+            with jax.default_device(device):
+                jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0.0).compile()
+        except Exception as error:  # whatever it is, the others are worth trying
+            say(f"XLA does not take the option {name}={value}: {error}")
+        else:
+            known[name] = value
+    return known
 
 
 def profile(function: Callable[[], object]) -> None:

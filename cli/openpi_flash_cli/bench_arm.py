@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,9 @@ from openpi_flash_models.request import Backend, ModelBatch
 
 from openpi_flash_cli.bench import MAX_TOKENS, NUM_STEPS, NUM_VIEWS, PROMPT_BUCKET, PROMPT_TOKENS, SIZES
 from openpi_flash_cli.scene import camera_picture
+
+if TYPE_CHECKING:
+    from openpi_flash_models.planner.decoder import Batch
 
 WARM_UP_CALLS = 3
 TILE = 1_048_573  # a prime, so that no two rows of a matrix are alike
@@ -121,7 +124,7 @@ def measure_policy(config: ModelConfig, job: dict[str, Any], arm: dict[str, Any]
 def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     """Times of the first token, of each further one, and of MAX_TOKENS; no token ends a subtask."""
     import jax
-    from openpi_flash_models.planner.decoder import Batch, load_decoder
+    from openpi_flash_models.planner.decoder import load_decoder
     from openpi_flash_models.planner.vocabulary import EOS
 
     result: dict[str, Any] = {}
@@ -130,16 +133,7 @@ def measure_planner(config: ModelConfig, job: dict[str, Any]) -> dict[str, Any]:
     source = RandomSource(jax_shapes(config))
     decoder = load_decoder(config, source, allowed, device=jax_platform(job["device"]), precision="bfloat16")
     result["load_s"] = time.perf_counter() - started
-    request = batch_of(config, 1)
-    batch = Batch(
-        images=request.images,
-        tokens=request.tokens,
-        token_mask=request.token_mask,
-        max_tokens=np.full(1, MAX_TOKENS, np.int32),
-        temperature=np.zeros(1, np.float32),
-        top_k=np.zeros(1, np.int32),
-        seeds=np.zeros((1, 2), np.uint32),
-    )
+    batch = planner_batch(config)
     first: list[float] = []
     whole: list[float] = []
 
@@ -173,6 +167,22 @@ def wait_for_turn(job: dict[str, Any]) -> None:
     """Says that everything is loaded and compiled; returns when nobody else uses the device."""
     Path(job["ready"]).touch()
     sys.stdin.readline()
+
+
+def planner_batch(config: ModelConfig) -> "Batch":
+    """One request for MAX_TOKENS, greedy."""
+    from openpi_flash_models.planner.decoder import Batch
+
+    request = batch_of(config, 1)
+    return Batch(
+        images=request.images,
+        tokens=request.tokens,
+        token_mask=request.token_mask,
+        max_tokens=np.full(1, MAX_TOKENS, np.int32),
+        temperature=np.zeros(1, np.float32),
+        top_k=np.zeros(1, np.int32),
+        seeds=np.zeros((1, 2), np.uint32),
+    )
 
 
 def batch_of(config: ModelConfig, size: int, continues: str | None = None) -> ModelBatch:

@@ -12,7 +12,7 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.jax import model
-from openpi_flash_models.jax.compilation import Options, keep_programs, known_options
+from openpi_flash_models.jax.compilation import Options, keep_programs
 from openpi_flash_models.jax.weights import read_weights
 from openpi_flash_models.realtime import Method
 from openpi_flash_models.request import ModelBatch
@@ -83,12 +83,11 @@ class JaxBackend:
         num_steps: int,
         options: Options | None = None,
     ) -> None:
-        """Takes what `read_weights` gives, and what to ask of the compiler; None: `known_options`."""
+        """Takes what `read_weights` gives, and options of XLA, if any."""
         self.config = config
         self.device = device
         self.weights = {name: array for name, array in weights.items() if name != "time"}
         self.time_weights = weights["time"]
-        options = known_options(device) if options is None else options
         self._run = jax.jit(model.sample_actions, static_argnames="config", compiler_options=options)
         self._make_schedule = jax.jit(model.make_schedule, static_argnames="config")
         self._schedule = functools.lru_cache(KEPT_SCHEDULES)(self._compute_schedule)

@@ -22,7 +22,7 @@ from openpi_flash_models.errors import PolicyConfigError
 from openpi_flash_models.golden.cases import prepared_request, read_case
 from openpi_flash_models.golden.compare import GoldenModel
 from openpi_flash_models.jax import model
-from openpi_flash_models.jax.compilation import GPU_OPTIONS, keep_programs, known_options
+from openpi_flash_models.jax.compilation import keep_programs
 from openpi_flash_models.jax.weights import FLOAT32, abstract_weights, slots
 from openpi_flash_models.request import assemble
 
@@ -181,16 +181,3 @@ def test_a_cache_that_cannot_be_made_is_an_error_where_it_was_asked_for(tmp_path
         keep_programs(gpu, tmp_path / "file/x", None)
     keep_programs(gpu, None, tmp_path / "file")
     assert "are not kept" in caplog.text
-
-
-def test_options_that_xla_does_not_know_are_left_out(caplog):
-    cpu = jax.devices("cpu")[0]
-    wanted = {"xla_gpu_graph_min_graph_size": 3, "xla_gpu_of_another_version": True}
-    assert known_options(cpu, wanted) == {"xla_gpu_graph_min_graph_size": 3}
-    assert "does not take the option xla_gpu_of_another_version=True" in caplog.text
-    assert known_options(cpu) == {}
-
-
-def test_the_installed_xla_knows_a_gpus_options():
-    """By name: what they do, only a GPU shows."""
-    assert known_options(jax.devices("cpu")[0], GPU_OPTIONS) == GPU_OPTIONS

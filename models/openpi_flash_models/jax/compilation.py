@@ -14,9 +14,6 @@ FOLDER = "compiled/jax"
 Options = dict[str, str | bool | int]
 """Of XLA, by name."""
 
-GPU_OPTIONS: Options = {}
-"""What programs for a GPU are compiled with, where the XLA that is installed knows it."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -49,24 +46,3 @@ def keep_programs(device: jax.Device, directory: Path | None, data_home: Path | 
     # Small programs, too: a service is not ready before the last of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def known_options(device: jax.Device, wanted: Options | None = None) -> Options:
-    """Those of some options of XLA that it takes, found out by trying: versions differ, and an unknown one is an error.
-
-    Args:
-        device: for which is compiled.
-        wanted: the options; None: `GPU_OPTIONS` where it is a GPU.
-    """
-    if wanted is None:
-        wanted = GPU_OPTIONS if device.platform == "gpu" else {}
-    known: Options = {}
-    for name, value in wanted.items():
-        try:
-            with jax.default_device(device):
-                jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0.0).compile()
-        except Exception as error:  # whatever it is, there is a way without
-            logger.warning("XLA does not take the option %s=%s: %s", name, value, error)
-        else:
-            known[name] = value
-    return known

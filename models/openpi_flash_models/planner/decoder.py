@@ -11,7 +11,7 @@ from openpi_flash_models.checkpoints.source import TensorSource
 from openpi_flash_models.config import ModelConfig
 from openpi_flash_models.errors import ModelsError
 from openpi_flash_models.jax.backend import parse_placement
-from openpi_flash_models.jax.compilation import Options, keep_programs, known_options
+from openpi_flash_models.jax.compilation import Options, keep_programs
 from openpi_flash_models.jax.model import Weights
 from openpi_flash_models.jax.weights import VLM, read_weights
 from openpi_flash_models.planner import decode
@@ -86,9 +86,8 @@ class Decoder:
             weights: the parts `weights.VLM`.
             device: where they are.
             allowed: (vocab_size,) bool, tokens that may be written.
-            options: what to ask of the compiler; None: `known_options`.
+            options: of XLA, if any.
         """
-        options = known_options(device) if options is None else options
         programs = functools.partial(jax.jit, static_argnames="config", compiler_options=options)
         self._start = programs(decode.start)
         self._advance = programs(decode.advance, donate_argnames="written")

@@ -1,14 +1,7 @@
 """The operations of ops.py for a GPU: Triton kernels, and libraries' where they are faster."""
 
 from openpi_flash_models.torch.attention_kernels import fused_attend_suffix, hopper_attend_prefix
-from openpi_flash_models.torch.expert_kernels import (
-    fused_embed,
-    fused_norm_geglu,
-    fused_norm_qkv,
-    fused_project_add,
-    fused_read,
-    fused_stream,
-)
+from openpi_flash_models.torch.expert_kernels import fused_norm_geglu, fused_norm_qkv, fused_project_add
 from openpi_flash_models.torch.kernels import (
     addmm_gelu,
     fused_add_layer_norm,
@@ -19,6 +12,7 @@ from openpi_flash_models.torch.kernels import (
     fused_rotate_into_cache,
 )
 from openpi_flash_models.torch.ops import Ops
+from openpi_flash_models.torch.stream_kernels import fused_embed, fused_read, fused_stream
 
 FUSED = Ops(
     "fused",

@@ -16,21 +16,21 @@ import pytest
 import torch
 
 from openpi_flash_models.config import ModelConfig, ModelType
-from openpi_flash_models.torch import attention_kernels, expert_kernels, fp8, kernels
+from openpi_flash_models.torch import attention_kernels, expert_kernels, fp8, kernels, stream_kernels
 from openpi_flash_models.torch.backend_test import full_size_inputs
 from openpi_flash_models.torch.fused import FUSED
 from openpi_flash_models.torch.launch import HOPPER, triton
 from openpi_flash_models.torch.model import Pi0
 
 if sys.platform != "linux":
-    pytest.skip("Triton has packages for Linux alone", allow_module_level=True)
+    pytest.skip("PyTorch brings Triton on Linux alone: here is none", allow_module_level=True)
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227}
 """By compute capability (A100; L4 and RTX 4090; H100 and H200): the shared memory that one program may have."""
 
 KERNELS = {
     name: (module, value)
-    for module in (kernels, attention_kernels, expert_kernels)
+    for module in (kernels, attention_kernels, expert_kernels, stream_kernels)
     for name, value in vars(module).items()
     if isinstance(value, triton.JITFunction) and name.endswith("_kernel")  # others are parts of these
 }

@@ -133,7 +133,9 @@ if INTERPRETED:
 
 else:
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="Triton has packages for Linux alone")
+    @pytest.mark.skipif(
+        sys.platform != "linux", reason="no package of Triton for this system: PyTorch brings it on Linux alone"
+    )
     def test_kernels_under_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
         run = subprocess.run(
